@@ -1,0 +1,72 @@
+# Targets are listed by `make help`. Everything runs in .venv, built from environment.yml's pins.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
+ARGS ?=
+
+VENV := .venv
+RUN := $(VENV)/bin/python -m
+# The pip list of environment.yml, comments dropped; .venv is rebuilt when it changes, not when it is touched.
+PINS := sed -n '/^ *- pip:/,$$ s/^ *- //p' environment.yml | grep -v '^pip:' | sed 's/ *\#.*//'
+READY := $(VENV)/ready-$(shell $(PINS) | cksum | tr -d ' ')
+
+# One thread per process: results do not depend on cores, and these models run over ten times faster.
+export OMP_NUM_THREADS ?= 1
+export MKL_NUM_THREADS ?= $(OMP_NUM_THREADS)
+export OPENBLAS_NUM_THREADS ?= $(OMP_NUM_THREADS)
+
+.DEFAULT_GOAL := help
+.PHONY: help execute test style unit check nbval lab html format bench lock clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+execute: $(READY) ## run the notebooks top to bottom and store their outputs (ARGS="-p name value" writes to build/ only)
+	$(RUN) helpers.execute $(NOTEBOOKS) --jobs $(JOBS) $(ARGS)
+
+test: style unit check nbval ## all that CI checks: style, unit tests, stored form, and outputs that repeat
+
+style: $(READY) ## lint, format and docstrings
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) numpydoc lint helpers/*.py
+
+unit: $(READY) ## unit tests
+	$(RUN) pytest -n $(JOBS) tests
+
+check: $(READY) ## canonical form of the stored notebooks, without running them
+	$(RUN) helpers.execute --check $(NOTEBOOKS)
+
+nbval: $(READY) ## run each notebook again and compare every output, figures included
+	$(RUN) pytest -n $(JOBS) --dist loadfile -p tests.gate --nbval --nbval-current-env --nbval-cell-timeout 600 $(NOTEBOOKS)
+
+lab: $(READY) ## JupyterLab on the notebooks
+	$(VENV)/bin/jupyter lab notebooks
+
+html: $(READY) ## render the stored notebooks to build/html
+	$(VENV)/bin/jupyter nbconvert --to html --output-dir build/html $(NOTEBOOKS)
+
+format: $(READY) ## format the code, notebooks included
+	$(RUN) ruff check --fix .
+	$(RUN) ruff format .
+
+bench: $(READY) ## speed ratios, measured side by side in one run each
+	@for script in tests/benchmarks/bench_*.py; do echo "== $$script"; $(VENV)/bin/python $$script || exit 1; done
+
+lock: ## rewrite the pins in environment.yml from what .venv holds now
+	@{ sed '/^ *- pip:/q' environment.yml; \
+	  $(RUN) pip freeze --exclude-editable --exclude pip --exclude setuptools | sed -E 's/\+cpu$$//; s/^/    - /'; \
+	  echo '    - -e .'; } > environment.yml.new && mv environment.yml.new environment.yml
+
+clean: ## remove what can be made again
+	rm -rf $(VENV) build *.egg-info .ruff_cache
+
+$(READY): | environment.yml
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "make: Python 3.11 or newer is needed and '$(PYTHON)' is not: install it, or say where: make PYTHON=/path/to/python3.11"; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "make: Python's venv module is missing: install it (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }
+	"$(PYTHON)" -m venv --clear $(VENV)
+	$(PINS) > $(VENV)/requirements.txt
+	$(RUN) pip install --quiet --disable-pip-version-check -r $(VENV)/requirements.txt
+	touch $@

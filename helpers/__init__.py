@@ -1,0 +1,1 @@
+"""What the notebooks import: data, models, freezing, training, strategies, study, plotting."""

@@ -1,0 +1,175 @@
+"""What is trained: `requires_grad` is the only truth, everything here sets or reads it."""
+
+from typing import NamedTuple
+
+from torch import nn
+
+
+class Count(NamedTuple):
+    """How many parameters are trained, and how many there are.
+
+    Printed as ``Trainable: 132 / 7,716  (1.7%)``.
+
+    Attributes
+    ----------
+    trainable, total : int
+    """
+
+    trainable: int
+    total: int
+
+    @property
+    def fraction(self):
+        """Return trainable / total, 0 for a model without parameters."""
+        return self.trainable / max(self.total, 1)
+
+    def __str__(self):
+        return f"Trainable: {self.trainable:,} / {self.total:,}  ({self.fraction:.1%})"
+
+
+def freeze(*modules):
+    """Train nothing in `modules`: gradients are neither computed nor kept.
+
+    A gradient left in ``.grad`` is dropped: an optimizer that still holds the parameter would
+    apply it, and its momentum and weight decay, at the next step.
+
+    Parameters
+    ----------
+    *modules : nn.Module or nn.Parameter
+    """
+    for p in _parameters(modules):
+        p.requires_grad_(False)
+        p.grad = None
+
+
+def unfreeze(*modules):
+    """Train every parameter of `modules`.
+
+    An optimizer built before does not know them: build it afterwards.
+
+    Parameters
+    ----------
+    *modules : nn.Module or nn.Parameter
+    """
+    for p in _parameters(modules):
+        p.requires_grad_(True)
+
+
+def freeze_to(stages, n):
+    """Freeze the first `n` stages and train the others.
+
+    Parameters
+    ----------
+    stages : dict of str to nn.Module
+        Bottom to top, as `helpers.models.stages` returns them.
+    n : int
+        The number of frozen stages, so the index of the first one that is trained. Negative
+        numbers count from the top: -1 trains the last stage alone.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than `n` stages.
+
+    References
+    ----------
+    Howard & Ruder (2018), section 3.3, arXiv:1801.06146.
+    """
+    if not -len(stages) <= n <= len(stages):
+        raise ValueError(f"cannot freeze to stage {n}: there are {len(stages)}, {list(stages)}")
+    parts = list(stages.values())
+    freeze(*parts[:n])
+    unfreeze(*parts[n:])
+
+
+def count_parameters(model):
+    """Count the parameters of `model`, a shared one once.
+
+    Parameters
+    ----------
+    model : nn.Module
+
+    Returns
+    -------
+    Count
+        Trainable and total, which print as one line.
+    """
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return Count(sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes))
+
+
+def param_groups(model, rates):
+    """Put each trainable parameter into the group of the longest prefix that fits its name.
+
+    ``AdamW(param_groups(model, {"head": 1e-3, "": 1e-4}))`` trains the head at 1e-3 and all
+    the rest at 1e-4 (discriminative learning rates).
+
+    Parameters
+    ----------
+    model : nn.Module
+    rates : dict of str to float
+        Dotted prefix of parameter names to learning rate. Prefixes end where a name has a dot:
+        "backbone.1" fits "backbone.1.weight", not "backbone.10.weight"; "" fits all names.
+
+    Returns
+    -------
+    list of dict
+        One optimizer group for each prefix: its "params" and its "lr".
+
+    Raises
+    ------
+    ValueError
+        If a prefix is given a rate and gets no parameter, or a trainable parameter gets no rate.
+
+    References
+    ----------
+    Howard & Ruder (2018), section 3.2, arXiv:1801.06146.
+    """
+    groups = {prefix: [] for prefix in rates}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        fitting = [prefix for prefix in rates if f"{name}.".startswith(prefix and f"{prefix}.")]
+        if not fitting:
+            raise ValueError(f"no learning rate for {name!r}: {list(rates)} do not fit its name")
+        groups[max(fitting, key=len)].append(p)
+    if unused := [prefix for prefix, params in groups.items() if not params]:
+        trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+        raise ValueError(f"the rates for {unused} cover nothing; trainable are {trainable}")
+    return [{"params": params, "lr": rates[prefix]} for prefix, params in groups.items()]
+
+
+def check_optimizer(model, optimizer):
+    """Refuse an optimizer that was built for another set of trainable parameters.
+
+    Parameters
+    ----------
+    model : nn.Module
+    optimizer : torch.optim.Optimizer
+
+    Raises
+    ------
+    ValueError
+        If nothing is trainable, a trainable parameter is in no group, or a frozen one has state
+        (momentum and weight decay would move it whenever it has a gradient).
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise ValueError(f"nothing to train: every parameter of {type(model).__name__} is frozen")
+    if absent := [name for name, p in trainable.items() if id(p) not in held]:
+        raise ValueError(
+            f"the optimizer does not hold {absent[0]!r} ({len(absent)} trainable parameters are"
+            " in no group): build it after unfreezing"
+        )
+    for name, p in model.named_parameters():
+        if not p.requires_grad and optimizer.state.get(p):
+            raise ValueError(
+                f"{name!r} is frozen but the optimizer has momentum for it: build a new optimizer"
+                " after freezing"
+            )
+
+
+def _parameters(modules):
+    for m in modules:
+        yield from [m] if isinstance(m, nn.Parameter) else m.parameters()

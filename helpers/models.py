@@ -1,0 +1,206 @@
+"""Two models small enough to read, their stages from bottom to top, and fresh heads."""
+
+import copy
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class MLP(nn.Module):
+    """logits = head(backbone(x)), the base model of the series.
+
+    The backbone holds three linear layers, each followed by a ReLU:
+    ``in_features -> hidden -> hidden -> n_features``; the head is one linear layer.
+    Initial weights come from torch's global random stream, as in `torch.nn.Linear`.
+
+    Parameters
+    ----------
+    in_features : int, default=20
+    hidden : int, default=64
+    n_features : int, default=32
+        Width of what the backbone hands to the head.
+    n_classes : int, default=4
+    """
+
+    def __init__(self, in_features=20, *, hidden=64, n_features=32, n_classes=4):
+        super().__init__()
+        self.backbone = nn.Sequential(
+            nn.Linear(in_features, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, n_features),
+            nn.ReLU(),
+        )
+        self.head = nn.Linear(n_features, n_classes)
+
+    def forward(self, x):
+        return self.head(self.backbone(x))  # (B, in_features) -> (B, n_features) -> (B, n_classes)
+
+
+class Attention(nn.Module):
+    """softmax(Q K' / sqrt(d_head)) V, with the four projections as plain linear layers.
+
+    `torch.nn.MultiheadAttention` reads its projections' ``.weight`` directly, so a layer that
+    replaces a projection would be bypassed in silence; here each projection is called.
+
+    Parameters
+    ----------
+    d : int
+        Width of the model, a multiple of `n_heads`.
+    n_heads : int
+
+    References
+    ----------
+    Vaswani et al. (2017), section 3.2, arXiv:1706.03762.
+    """
+
+    def __init__(self, d, n_heads):
+        super().__init__()
+        if d % n_heads:
+            raise ValueError(f"d={d} is not a multiple of n_heads={n_heads}")
+        self.n_heads = n_heads
+        self.q_proj = nn.Linear(d, d)
+        self.k_proj = nn.Linear(d, d)
+        self.v_proj = nn.Linear(d, d)
+        self.out_proj = nn.Linear(d, d)
+
+    def forward(self, x, prefix=None):
+        q, k, v = (
+            project(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, H, T, d/H)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if prefix is not None:  # prefix tuning's keys and values, each (B, H, P, d/H)
+            k, v = torch.cat([prefix[0], k], 2), torch.cat([prefix[1], v], 2)  # (B, H, P+T, d/H)
+        y = F.scaled_dot_product_attention(q, k, v)  # (B, H, T, d/H)
+        return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, T, d)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)) (pre-norm).
+
+    Parameters
+    ----------
+    d, n_heads : int
+    d_ff : int
+        Width of the feed-forward layer ``fc2(gelu(fc1(x)))``.
+    """
+
+    def __init__(self, d, n_heads, d_ff):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(d)
+        self.attention = Attention(d, n_heads)
+        self.norm2 = nn.LayerNorm(d)
+        self.fc1 = nn.Linear(d, d_ff)
+        self.fc2 = nn.Linear(d_ff, d)
+
+    def forward(self, x, prefix=None):
+        x = x + self.attention(self.norm1(x), prefix)
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+class TinyTransformer(nn.Module):
+    """A transformer encoder that reads a row of numbers as a sequence of patches.
+
+    ``x`` of shape (B, n_tokens * patch) is cut into `n_tokens` patches; an 8 x 8 digit of 64
+    pixels becomes 8 tokens, one for each image row. Each patch is embedded linearly, a learned
+    position is added, the blocks follow, and the mean over tokens goes to the head.
+
+    Parameters
+    ----------
+    n_tokens, patch : int, default=8
+    d : int, default=32
+    n_heads : int, default=4
+    n_layers : int, default=2
+    d_ff : int or None, default=None
+        Width of the feed-forward layers; None is ``2 * d``.
+    n_classes : int, default=10
+    """
+
+    def __init__(
+        self, n_tokens=8, patch=8, *, d=32, n_heads=4, n_layers=2, d_ff=None, n_classes=10
+    ):
+        super().__init__()
+        self.patch = patch
+        self.embed = nn.Linear(patch, d)
+        self.position = nn.Embedding(n_tokens, d)
+        nn.init.normal_(self.position.weight, std=0.02)
+        self.blocks = nn.ModuleList(Block(d, n_heads, d_ff or 2 * d) for _ in range(n_layers))
+        self.norm = nn.LayerNorm(d)
+        self.head = nn.Linear(d, n_classes)
+
+    def tokens(self, x):
+        """Embed the patches of x and add their positions.
+
+        Parameters
+        ----------
+        x : Tensor of shape (B, n_tokens * patch)
+
+        Returns
+        -------
+        Tensor of shape (B, n_tokens, d)
+        """
+        return self.embed(x.unflatten(-1, (-1, self.patch))) + self.position.weight
+
+    def forward(self, x):
+        h = self.tokens(x)
+        for block in self.blocks:
+            h = block(h)  # (B, n_tokens, d)
+        return self.head(self.norm(h).mean(1))  # (B, d) -> (B, n_classes)
+
+
+def stages(model):
+    """Return the parts of `model` that freezing goes by, bottom to top.
+
+    Parameters
+    ----------
+    model : nn.Module
+        An `MLP`, a `TinyTransformer`, or any model of whose direct children (a `Sequential` or
+        `ModuleList` child counts as its own children) each is used once, in order of definition.
+
+    Returns
+    -------
+    dict of str to nn.Module
+        Dotted name to module; modules without parameters are left out.
+
+    Raises
+    ------
+    ValueError
+        If a parameter sits on `model` itself: no stage would freeze it.
+    """
+    for name, _ in model.named_parameters(recurse=False):
+        raise ValueError(f"{name!r} belongs to no stage: move it into a child module")
+    parts = {}
+    for name, child in model.named_children():
+        inner = isinstance(child, nn.Sequential | nn.ModuleList)
+        parts |= {f"{name}.{k}": m for k, m in child.named_children()} if inner else {name: child}
+    return {name: part for name, part in parts.items() if any(True for _ in part.parameters())}
+
+
+def with_fresh_head(model, n_classes=None):
+    """Return a copy of `model` whose head is new, as for a new task.
+
+    The head is drawn from torch's global random stream and is trainable; everything else is
+    copied, so `model` itself can serve again.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Has a linear layer ``head``.
+    n_classes : int, optional
+        Outputs of the new head; None is as many as before.
+
+    Returns
+    -------
+    nn.Module
+    """
+    model = copy.deepcopy(model)
+    old = model.head
+    model.head = nn.Linear(
+        old.in_features,
+        n_classes or old.out_features,
+        dtype=old.weight.dtype,
+        device=old.weight.device,
+    )
+    return model

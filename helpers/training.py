@@ -1,0 +1,311 @@
+"""One training loop, one evaluation, and features cached from a frozen backbone."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from helpers.data import check_rows
+from helpers.freezing import check_optimizer
+
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+class Score(NamedTuple):
+    """What a model got right, summed over examples.
+
+    Attributes
+    ----------
+    correct, n : int
+        Rows whose largest logit is their label's, and rows scored.
+    loss : float
+        Mean cross-entropy per row, in nats.
+    """
+
+    correct: int
+    n: int
+    loss: float
+
+    @property
+    def accuracy(self):
+        """Return correct / n."""
+        return self.correct / self.n
+
+
+def cross_entropy(model, x, y):
+    """Return the mean of -log softmax(model(x))[y], `train`'s default loss.
+
+    Parameters
+    ----------
+    model : nn.Module
+    x : Tensor of shape (B, ...)
+    y : int64 Tensor of shape (B,)
+
+    Returns
+    -------
+    Tensor
+        A scalar.
+    """
+    return F.cross_entropy(model(x), y)
+
+
+def train(
+    model,
+    X,
+    y,
+    *,
+    optimizer,
+    epochs,
+    batch_size=None,
+    generator=None,
+    loss=cross_entropy,
+    validation=None,
+    patience=None,
+    clip_norm=None,
+    warmup_steps=0,
+    cosine=False,
+    device="auto",
+):
+    """Minimise the mean loss over the rows of X by steps of `optimizer`.
+
+    Normalisation layers whose parameters are all frozen run in eval mode, so that their running
+    statistics stay as they were. The model is left in the mode it came in.
+
+    Parameters
+    ----------
+    model : nn.Module
+    X : Tensor of shape (n, ...)
+    y : int64 Tensor of shape (n,)
+    optimizer : torch.optim.Optimizer
+        Holds every trainable parameter of `model`: build it after freezing and unfreezing.
+    epochs : int
+        Passes over the rows.
+    batch_size : int, optional
+        Rows per step; None takes all of them in one step.
+    generator : torch.Generator, optional
+        Of the batch order; None is a new one with seed 0.
+    loss : callable, default=cross_entropy
+        ``loss(model, x, y)``, the scalar to minimise, a mean over rows.
+    validation : tuple of (X, y), optional
+        Scored after each epoch.
+    patience : int, optional
+        Stop after this many epochs without a lower validation loss and return to the weights of
+        the best epoch.
+    clip_norm : float, optional
+        Largest norm of the whole gradient.
+    warmup_steps : int, default=0
+        Steps over which the learning rates rise linearly to those of `optimizer`.
+    cosine : bool, default=False
+        After the warm-up, lower the rates to 0 along half a cosine (Loshchilov & Hutter 2017,
+        section 3, arXiv:1608.03983).
+    device : str or torch.device, default="auto"
+        Where to train; the model is moved there. "auto" is where the model already is.
+
+    Returns
+    -------
+    dict of str to list of float
+        Per epoch: "loss", the mean training loss seen by its steps, and with `validation`
+        "validation_loss" and "validation_accuracy".
+
+    Raises
+    ------
+    ValueError
+        If rows or settings are unusable, nothing is trainable, the optimizer lacks a trainable
+        parameter, or it has state for a frozen one (it would move it still).
+    FloatingPointError
+        If the loss is not finite; the message names the step.
+    """
+    device = _place(model, device)
+    check_rows(X, y, name="training data")
+    n_classes = predict(model, X[:1]).shape[-1]
+    check_rows(X, y, n_classes=n_classes, name="training data")
+    if validation is not None:
+        check_rows(*validation, n_classes=n_classes, name="validation data")
+    if patience is not None and validation is None:
+        raise ValueError(f"patience={patience} needs validation=(X, y): early stopping looks there")
+    batch_size = len(X) if batch_size is None else batch_size
+    if epochs < 1 or batch_size < 1:
+        raise ValueError(f"epochs={epochs} and batch_size={batch_size} must be 1 or more")
+    check_optimizer(model, optimizer)
+    X, y = X.to(device), y.to(device)
+    generator = generator or torch.Generator().manual_seed(0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    rates = [group["lr"] for group in optimizer.param_groups]
+    steps = epochs * math.ceil(len(X) / batch_size)
+    history = {"loss": []}
+    if validation is not None:
+        history |= {"validation_loss": [], "validation_accuracy": []}
+    step, best, best_state, was_training = 0, math.inf, None, model.training
+    try:
+        for epoch in range(epochs):
+            _train_mode(model)
+            full = batch_size >= len(X)  # one batch has no order: no random number is drawn
+            order = None if full else torch.randperm(len(X), generator=generator).to(device)
+            total = 0.0
+            for rows in [slice(None)] if full else order.split(batch_size):
+                factor = _rate_factor(step, steps, warmup_steps, cosine)
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * factor
+                optimizer.zero_grad()
+                value = loss(model, X[rows], y[rows])
+                if not torch.isfinite(value):
+                    raise FloatingPointError(
+                        f"the loss is {value.item()} at step {step + 1} of {steps} (epoch"
+                        f" {epoch + 1}): lower the learning rate or set clip_norm"
+                    )
+                value.backward()
+                if clip_norm is not None:
+                    nn.utils.clip_grad_norm_(trained, clip_norm)
+                optimizer.step()
+                total += value.item() * len(y[rows])
+                step += 1
+            history["loss"].append(total / len(X))
+            if validation is None:
+                continue
+            score = evaluate(model, *validation)
+            history["validation_loss"].append(score.loss)
+            history["validation_accuracy"].append(score.accuracy)
+            if score.loss < best:
+                best, best_epoch = score.loss, epoch
+                if patience is not None:
+                    best_state = {k: v.clone() for k, v in model.state_dict().items()}
+            elif patience is not None and epoch - best_epoch >= patience:
+                break
+        if best_state is not None:
+            model.load_state_dict(best_state)
+    finally:
+        optimizer.zero_grad()
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        model.train(was_training)
+    return history
+
+
+@torch.no_grad()
+def predict(model, X, *, batch_size=1024, device="auto"):
+    """Return the logits of the rows of X, in eval mode and without gradients.
+
+    Parameters
+    ----------
+    model : nn.Module
+    X : Tensor of shape (n, ...)
+    batch_size : int, default=1024
+        Rows per forward pass, which bounds the memory needed.
+    device : str or torch.device, default="auto"
+        As in `train`.
+
+    Returns
+    -------
+    Tensor of shape (n, C)
+    """
+    device = _place(model, device)
+    was_training = model.training
+    model.eval()
+    try:
+        return torch.cat([model(x.to(device)) for x in X.split(batch_size)])
+    finally:
+        model.train(was_training)
+
+
+def evaluate(model, X, y, *, batch_size=1024, device="auto"):
+    """Count correct rows and average the cross-entropy, both as sums over examples.
+
+    Parameters
+    ----------
+    model : nn.Module
+    X : Tensor of shape (n, ...)
+    y : int64 Tensor of shape (n,)
+    batch_size : int, default=1024
+        Rows per forward pass; it does not change the result.
+    device : str or torch.device, default="auto"
+        As in `train`.
+
+    Returns
+    -------
+    Score
+
+    Raises
+    ------
+    ValueError
+        If the rows are unusable or a label has no output.
+    """
+    check_rows(X, y, name="evaluation data")
+    logits = predict(model, X, batch_size=batch_size, device=device)
+    y = y.to(logits.device)
+    check_rows(X, y, n_classes=logits.shape[-1], name="evaluation data")
+    return Score(
+        correct=int((logits.argmax(-1) == y).sum()),
+        n=len(y),
+        loss=F.cross_entropy(logits, y, reduction="sum").item() / len(y),
+    )
+
+
+def extract_features(model, X, *, batch_size=1024, device="auto"):
+    """Return what `model.head` reads, computed once: the features of a frozen backbone.
+
+    ``train(model.head, extract_features(model, X), y, ...)`` gives the head that training it
+    through the frozen backbone gives, without running the backbone each epoch.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Has a ``head``; all its other parameters are frozen.
+    X : Tensor of shape (n, ...)
+    batch_size : int, default=1024
+        Rows per forward pass.
+    device : str or torch.device, default="auto"
+        As in `train`.
+
+    Returns
+    -------
+    Tensor of shape (n, k)
+
+    Raises
+    ------
+    ValueError
+        If a parameter below the head is trainable: its features would go stale.
+    """
+    heads = {id(p) for p in model.head.parameters()}
+    for name, p in model.named_parameters():
+        if p.requires_grad and id(p) not in heads:
+            raise ValueError(f"{name!r} is trainable, so its features go stale: freeze it first")
+    seen = []
+    hook = model.head.register_forward_pre_hook(lambda head, args: seen.append(args[0]))
+    try:
+        predict(model, X, batch_size=batch_size, device=device)
+    finally:
+        hook.remove()
+    return torch.cat(seen)
+
+
+def _place(model, device):
+    """Move the model unless "auto", and return the device it is on."""
+    if device != "auto":
+        model.to(device)
+    return next(model.parameters()).device
+
+
+def _train_mode(model):
+    """Train mode, except normalisation layers that are frozen: their buffers stay as they are.
+
+    A layer without parameters of its own goes by the nearest enclosing module that has some.
+    """
+    model.train()
+    for name, module in model.named_modules():
+        if isinstance(module, NORMS):
+            owner = module
+            while name and not any(True for _ in owner.parameters()):
+                name = name.rpartition(".")[0]
+                owner = model.get_submodule(name)
+            if not any(p.requires_grad for p in owner.parameters()):
+                module.eval()
+
+
+def _rate_factor(step, steps, warmup_steps, cosine):
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if not cosine:
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(steps - warmup_steps, 1)))
