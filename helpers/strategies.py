@@ -4,9 +4,9 @@ import copy
 
 from torch.optim import Adam
 
-from helpers.freezing import freeze, freeze_to, param_groups
+from helpers.freezing import freeze, freeze_to, param_groups, unfreeze
 from helpers.models import MLP, stages, with_fresh_head
-from helpers.training import train
+from helpers.training import cross_entropy, extract_features, train
 
 
 def pretrain(task, *, hidden=64, epochs=50, lr=1e-3):
@@ -106,3 +106,111 @@ def adapt(pretrained, X, y, *, from_stage=2, epochs=60, lr=5e-4, fresh_head=True
     freeze_to(stages(model), from_stage)
     optimizer = Adam(param_groups(model, {"": lr}), fused=True)
     return model, train(model, X, y, optimizer=optimizer, epochs=epochs)
+
+
+def linear_probe(model, X, y, *, epochs=200, lr=1e-2):
+    """Train the head of `model` on the cached features of its frozen backbone.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Changed in place: everything but its ``head`` is frozen.
+    X : Tensor of shape (n, d)
+    y : int64 Tensor of shape (n,)
+    epochs : int, default=200
+        Full-batch steps.
+    lr : float, default=1e-2
+        Adam's learning rate.
+
+    Returns
+    -------
+    dict of str to list of float
+        The history of `train`.
+    """
+    freeze(model)
+    unfreeze(model.head)
+    optimizer = Adam(model.head.parameters(), lr=lr, fused=True)
+    return train(model.head, extract_features(model, X), y, optimizer=optimizer, epochs=epochs)
+
+
+def lp_ft(model, X, y, *, epochs=100, lr=1e-3, probe_epochs=200, probe_lr=1e-2):
+    """Probe, then fine-tune: a fitted head no longer pulls the features out of shape.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Changed in place; all of it is trained in the second phase.
+    X : Tensor of shape (n, d)
+    y : int64 Tensor of shape (n,)
+    epochs, lr : int, float
+        Of the fine-tuning.
+    probe_epochs, probe_lr : int, float
+        Of the linear probe before it.
+
+    Returns
+    -------
+    dict of str to list of float
+        The history of the fine-tuning.
+
+    References
+    ----------
+    Kumar et al. (2022), section 3.4, arXiv:2202.10054.
+    """
+    linear_probe(model, X, y, epochs=probe_epochs, lr=probe_lr)
+    unfreeze(model)
+    optimizer = Adam(model.parameters(), lr=lr, fused=True)
+    return train(model, X, y, optimizer=optimizer, epochs=epochs)
+
+
+def gradual_unfreezing(model, X, y, *, epochs=100, lr=1e-3):
+    """Train the head alone first, then unfreeze one more stage at a time, top to bottom.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Changed in place.
+    X : Tensor of shape (n, d)
+    y : int64 Tensor of shape (n,)
+    epochs : int, default=100
+        In all, shared equally by the phases.
+    lr : float, default=1e-3
+        Adam's learning rate. Each phase has a new optimizer: one built earlier would not know
+        the stages that were frozen then.
+
+    References
+    ----------
+    Howard & Ruder (2018), section 3.3, arXiv:1801.06146.
+    """
+    parts = stages(model)
+    for n in reversed(range(len(parts))):
+        freeze_to(parts, n)
+        optimizer = Adam(param_groups(model, {"": lr}), fused=True)
+        train(model, X, y, optimizer=optimizer, epochs=max(epochs // len(parts), 1))
+
+
+def l2_sp(model, *, alpha):
+    """Return the loss cross-entropy + alpha / 2 * ||w - w0||^2, w0 being the weights now.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Its trainable parameters are pulled to where they start (SP: starting point).
+    alpha : float
+        Strength of the pull.
+
+    Returns
+    -------
+    callable
+        A ``loss`` for `train`.
+
+    References
+    ----------
+    Li, Grandvalet & Davoine (2018), section 3.2, arXiv:1802.01483.
+    """
+    start = {k: p.detach().clone() for k, p in model.named_parameters() if p.requires_grad}
+
+    def loss(model, x, y):
+        moved = (p - start[k] for k, p in model.named_parameters() if k in start)
+        return cross_entropy(model, x, y) + alpha / 2 * sum((d**2).sum() for d in moved)
+
+    return loss
