@@ -222,6 +222,7 @@ def execute(path, values=None, *, timeout=600):
                 None,
                 values or {},
                 kernel_name="python3",
+                language="python",
                 cwd=folder,
                 progress_bar=False,
                 request_save_on_cell_execute=False,
@@ -232,9 +233,10 @@ def execute(path, values=None, *, timeout=600):
                 store_widget_state=False,
             )
         except papermill.PapermillExecutionError as error:
-            number = sum(c.cell_type == "code" for c in nb.cells[: error.cell_index])
-            trace = COLOUR.sub("", "\n".join(error.traceback))
-            raise NotebookError(f"code cell {number} failed\n{error.source}\n\n{trace}") from None
+            trace = COLOUR.sub("", "\n".join(error.traceback)) or "no traceback: an unknown magic?"
+            raise NotebookError(
+                f"code cell {error.exec_count} failed\n{error.source}\n\n{trace}"
+            ) from None
         except Exception as error:  # a dead kernel, a timeout
             raise NotebookError(f"{type(error).__name__}: {error}") from error
     for cell in nb.cells:

@@ -209,8 +209,8 @@ def l2_sp(model, *, alpha):
     """
     start = {k: p.detach().clone() for k, p in model.named_parameters() if p.requires_grad}
 
-    def loss(model, x, y):
+    def _loss(model, x, y):
         moved = (p - start[k] for k, p in model.named_parameters() if k in start)
         return cross_entropy(model, x, y) + alpha / 2 * sum((d**2).sum() for d in moved)
 
-    return loss
+    return _loss
