@@ -1,6 +1,5 @@
 """Tasks: the published synthetic one, digits under controlled shifts; every row is checked."""
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,14 +33,17 @@ class Task:
     y_test: torch.Tensor
 
     def __post_init__(self):
-        for split in ("train", "test"):
-            check_rows(*getattr(self, split), n_classes=self.n_classes, name=split)
-            present = set(getattr(self, split)[1].tolist())
-            if missing := sorted(set(range(self.n_classes)) - present):
-                raise ValueError(
-                    f"{split} has no row of class {missing}: labels must be 0..{self.n_classes - 1}"
-                    " and each class present in every split (more rows, or a stratified split)"
-                )
+        splits = {"train": self.train, "test": self.test}
+        for name, rows in splits.items():
+            check_rows(*rows, name=name)
+        for name, (_, y) in splits.items():
+            present = set(y.tolist())
+            for c in range(self.n_classes):
+                if c not in present:
+                    raise ValueError(
+                        f"{name} has no row of class {c}: labels must be 0..{self.n_classes - 1}"
+                        " and each class present in every split (more rows, or a stratified split)"
+                    )
 
     @property
     def train(self):
@@ -56,7 +58,7 @@ class Task:
     @property
     def n_classes(self):
         """Return C: one more than the largest label of either split."""
-        return 1 + max(int(y.max()) if y.numel() else 0 for y in (self.y_train, self.y_test))
+        return 1 + int(max(self.y_train.max(), self.y_test.max()))
 
 
 def check_rows(X, y, *, n_classes=None, name="data"):
@@ -89,7 +91,7 @@ def check_rows(X, y, *, n_classes=None, name="data"):
     if not X.is_floating_point():
         raise ValueError(f"{name}: X is {X.dtype}, expected floating-point features")
     if bad := int((~torch.isfinite(X)).sum()):
-        row = int((~torch.isfinite(X)).flatten(1).any(1).nonzero()[0])
+        row = int((~torch.isfinite(X)).reshape(len(X), -1).any(1).nonzero()[0])
         raise ValueError(f"{name}: X holds {bad} NaN or infinite values, the first in row {row}")
     low, high = int(y.min()), int(y.max())
     if low < 0 or (n_classes is not None and high >= n_classes):
@@ -120,7 +122,7 @@ def check_parameters(**ranges):
         if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
             kind = "an integer" if whole else "a number"
             raise TypeError(f"{name} = {value!r} must be {kind} from {low} to {high}")
-        if not (math.isfinite(value) and low <= value <= high):
+        if not low <= value <= high:  # NaN is neither
             raise ValueError(f"{name} = {value} must be from {low} to {high}")
 
 

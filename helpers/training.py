@@ -22,11 +22,15 @@ class Score(NamedTuple):
         Rows whose largest logit is their label's, and rows scored.
     loss : float
         Mean cross-entropy per row, in nats.
+    margin : float
+        Smallest gap between a row's two largest logits: the closest of these decisions. Rounding
+        that moves logits by as much, on another processor, can change `correct`.
     """
 
     correct: int
     n: int
     loss: float
+    margin: float
 
     @property
     def accuracy(self):
@@ -71,7 +75,7 @@ def train(
     """Minimise the mean loss over the rows of X by steps of `optimizer`.
 
     Normalisation layers whose parameters are all frozen run in eval mode, so that their running
-    statistics stay as they were. The model is left in the mode it came in.
+    statistics stay as they were. Each module is left in the mode it came in.
 
     Parameters
     ----------
@@ -126,8 +130,11 @@ def train(
     if patience is not None and validation is None:
         raise ValueError(f"patience={patience} needs validation=(X, y): early stopping looks there")
     batch_size = len(X) if batch_size is None else batch_size
-    if epochs < 1 or batch_size < 1:
-        raise ValueError(f"epochs={epochs} and batch_size={batch_size} must be 1 or more")
+    for name, value in {"epochs": epochs, "batch_size": batch_size, "patience": patience}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be 1 or more")
+    if warmup_steps < 0 or (clip_norm is not None and clip_norm <= 0):
+        raise ValueError(f"{warmup_steps=} must be 0 or more, {clip_norm=} above 0 or None")
     check_optimizer(model, optimizer)
     X, y = X.to(device), y.to(device)
     generator = generator or torch.Generator().manual_seed(0)
@@ -137,7 +144,8 @@ def train(
     history = {"loss": []}
     if validation is not None:
         history |= {"validation_loss": [], "validation_accuracy": []}
-    step, best, best_state, was_training = 0, math.inf, None, model.training
+    step, best, best_state = 0, math.inf, None
+    modes = {module: module.training for module in model.modules()}
     try:
         for epoch in range(epochs):
             _train_mode(model)
@@ -179,7 +187,7 @@ def train(
         optimizer.zero_grad()
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        model.train(was_training)
+        _set_modes(modes)
     return history
 
 
@@ -201,12 +209,12 @@ def predict(model, X, *, batch_size=1024, device="auto"):
     Tensor of shape (n, C)
     """
     device = _place(model, device)
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         return torch.cat([model(x.to(device)) for x in X.split(batch_size)])
     finally:
-        model.train(was_training)
+        _set_modes(modes)
 
 
 def evaluate(model, X, y, *, batch_size=1024, device="auto"):
@@ -230,15 +238,41 @@ def evaluate(model, X, y, *, batch_size=1024, device="auto"):
     ------
     ValueError
         If the rows are unusable or a label has no output.
+    FloatingPointError
+        If the loss is not finite.
     """
     check_rows(X, y, name="evaluation data")
     logits = predict(model, X, batch_size=batch_size, device=device)
-    y = y.to(logits.device)
     check_rows(X, y, n_classes=logits.shape[-1], name="evaluation data")
+    return score(logits, y.to(logits.device))
+
+
+def score(logits, y):
+    """Score logits that are there already; `evaluate` computes them.
+
+    Parameters
+    ----------
+    logits : Tensor of shape (n, C)
+    y : int64 Tensor of shape (n,)
+
+    Returns
+    -------
+    Score
+
+    Raises
+    ------
+    FloatingPointError
+        If the loss is not finite: what a diverged model gets right means nothing.
+    """
+    loss = F.cross_entropy(logits, y, reduction="sum").item() / len(y)
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss of the scored rows is {loss}: training has diverged")
+    top = logits.topk(min(2, logits.shape[-1])).values
     return Score(
         correct=int((logits.argmax(-1) == y).sum()),
         n=len(y),
-        loss=F.cross_entropy(logits, y, reduction="sum").item() / len(y),
+        loss=loss,
+        margin=(top[:, 0] - top[:, -1]).min().item(),
     )
 
 
@@ -246,7 +280,8 @@ def extract_features(model, X, *, batch_size=1024, device="auto"):
     """Return what `model.head` reads, computed once: the features of a frozen backbone.
 
     ``train(model.head, extract_features(model, X), y, ...)`` gives the head that training it
-    through the frozen backbone gives, without running the backbone each epoch.
+    through the frozen backbone gives, without running the backbone each epoch (dropout in the
+    backbone apart: features are those of eval mode).
 
     Parameters
     ----------
@@ -285,6 +320,11 @@ def _place(model, device):
     if device != "auto":
         model.to(device)
     return next(model.parameters()).device
+
+
+def _set_modes(modes):
+    for module, mode in modes.items():
+        module.training = mode
 
 
 def _train_mode(model):

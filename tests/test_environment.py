@@ -1,0 +1,96 @@
+"""The house: one environment in two files, nothing stray at the top, imports that run one way."""
+
+import ast
+import importlib.metadata
+import platform
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+CONDA = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+PIP = CONDA["dependencies"][-1]["pip"]
+PINS = {canonicalize_name(r.name): r for r in map(Requirement, PIP[:-1])}
+EXTRAS = PROJECT["optional-dependencies"].values()
+WANTED = sorted({*PROJECT["dependencies"], *(line for extra in EXTRAS for line in extra)})
+# each module imports from ranks before its own only, so there is no cycle; nobody imports execute
+ORDER = """data models > freezing > training layers quantize > strategies domain study inject
+> experiments checkpoint > plotting > execute"""
+RANKS = [set(rank.split()) for rank in ORDER.split(">")]
+
+
+def git(*arguments):
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, encoding="utf-8")
+
+
+def imported(source):
+    """Names of the `helpers` modules that `source` imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = f"helpers.{node.module or ''}".strip(".") if node.level else node.module
+            found |= {f"{module}.{alias.name}" for alias in node.names}
+    return {name.split(".")[1] for name in found if name.startswith("helpers.")}
+
+
+def test_conda_brings_python_and_pip_and_pip_brings_all_else():
+    assert [d.split("=")[0] for d in CONDA["dependencies"][:-1]] == ["python", "pip"]
+    assert CONDA["channels"] == ["conda-forge"] and PIP[-1] == "-e ."
+    python = CONDA["dependencies"][0].split("=")[1]
+    assert SpecifierSet(PROJECT["requires-python"]).contains(python)
+    assert len(PINS) == len(PIP) - 1
+    for pin in PINS.values():
+        assert re.fullmatch(r"==[\w.+!]+", str(pin.specifier)) and not (pin.url or pin.marker), pin
+
+
+@pytest.mark.parametrize("line", WANTED)
+def test_each_dependency_is_pinned_above_its_lower_bound(line):
+    wanted = Requirement(line)
+    assert [s.operator for s in wanted.specifier] == [">="]
+    pin = PINS[canonicalize_name(wanted.name)].specifier
+    assert wanted.specifier.contains(str(pin).removeprefix("=="))
+
+
+def test_what_is_installed_is_what_is_pinned():
+    installed = {name: importlib.metadata.version(name).split("+")[0] for name in PINS}
+    assert {n: v for n, v in installed.items() if f"=={v}" != str(PINS[n].specifier)} == {}
+    assert SpecifierSet(PROJECT["requires-python"]).contains(platform.python_version())
+
+
+def test_nothing_else_is_at_the_top():
+    top = {path.split("/")[0] for path in git("ls-files").stdout.splitlines()}
+    wanted = {"notebooks", "helpers", "tests"}
+    wanted |= {"environment.yml", "README.md", "Makefile", "pyproject.toml"}
+    assert {"helpers"} <= {name for name in top if not name.startswith(".")} <= wanted
+
+
+def test_imports_run_one_way():
+    for path in (ROOT / "helpers").glob("[!_]*.py"):
+        [rank] = [i for i, modules in enumerate(RANKS) if path.stem in modules]
+        late = imported(path.read_text(encoding="utf-8")) - set().union(*RANKS[:rank])
+        assert not late, f"{path.name} imports {late}, which come at its own rank or after it"
+
+
+def test_no_notebook_imports_the_executor_and_the_package_itself_is_a_docstring():
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        cells = nbformat.read(path, as_version=4).cells
+        code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+        assert not re.search(r"helpers\.execute|helpers import[^\n]* execute\b", code)
+    [docstring] = ast.parse((ROOT / "helpers" / "__init__.py").read_text(encoding="utf-8")).body
+    assert isinstance(docstring.value.value, str)
+
+
+def test_no_tracked_file_names_a_machine_or_a_package_index():
+    found = git("grep", "-InE", r"index[-_]url|/(home|Users|root|work)/[a-z]")
+    assert (found.returncode, found.stdout) == (1, "")
