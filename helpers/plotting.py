@@ -3,10 +3,12 @@
 import ast
 import inspect
 
+import numpy as np
 from IPython.display import Markdown, display
 from matplotlib.patches import Patch
 
 from helpers.models import stages
+from helpers.study import summarize
 
 # Okabe & Ito's palette, told apart by colour-blind readers; each colour has a marker of its own
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A8A00"]
@@ -42,6 +44,19 @@ def show_source(*functions):
                 lines[doc.lineno - 1 : doc.end_lineno] = [None] * (doc.end_lineno - doc.lineno + 1)
         code = "\n".join(line for line in lines if line is not None)
         display(Markdown(f"```python\n{code}\n```"))
+
+
+def show_table(header, rows):
+    """Display a table as a notebook output.
+
+    Parameters
+    ----------
+    header : sequence of str
+    rows : sequence of sequence
+        One cell for each column.
+    """
+    lines = [header, ["---"] * len(header), *rows]
+    display(Markdown("\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)))
 
 
 def plot_classes(ax, points, y, *, filled=True, label="class"):
@@ -124,3 +139,71 @@ def plot_frozen(ax, models):
         Patch(facecolor=FROZEN, edgecolor="#52606D", hatch="///", label="frozen"),
     ]
     ax.legend(handles=patches, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+
+
+def plot_seeds(ax, results, *, marks=None):
+    """Draw one row for each method: a dot for each seed, the mean and its 95 % interval.
+
+    Parameters
+    ----------
+    ax : Axes
+    results : dict of str to array of shape (n,)
+        As `helpers.study.run_seeds` returns.
+    marks : dict of str to float, optional
+        A published value of each method, marked by a star.
+    """
+    for row, (name, summary) in enumerate(summarize(results).items()):
+        heights = row + 0.22 * np.random.default_rng(0).uniform(-1, 1, summary.n)
+        dots = dict(s=12, alpha=0.35, color=COLOURS[0], edgecolor="none")
+        ax.scatter(results[name], heights, label="one seed" if row == 0 else None, **dots)
+        _errorbar(ax, summary, row, "x", label="mean, 95 % interval" if row == 0 else None)
+        if name in (marks or {}):
+            star = dict(marker="*", s=130, color=COLOURS[1], edgecolor="white", zorder=4)
+            ax.scatter(marks[name], row, label="published" if row == 0 else None, **star)
+    ax.set(yticks=range(len(results)), yticklabels=results, ylim=(len(results) - 0.5, -0.5))
+    ax.set_xlabel("accuracy (%)")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+
+
+def plot_bands(ax, x, curves):
+    """Draw mean against x with its 95 % interval as a band, one curve for each method.
+
+    Parameters
+    ----------
+    ax : Axes
+    x : sequence of float
+        Drawn on a logarithmic axis.
+    curves : dict of str to list of Summary
+        One summary for each entry of `x`.
+    """
+    for (name, curve), colour, marker in zip(curves.items(), COLOURS, MARKERS, strict=False):
+        ax.fill_between(x, [s.low for s in curve], [s.high for s in curve], color=colour, alpha=0.2)
+        line = dict(color=colour, marker=marker, markersize=5, linewidth=1.6)
+        ax.plot(x, [s.mean for s in curve], label=name, **line)
+    ax.set(xscale="log", xticks=x, xticklabels=x)
+    ax.minorticks_off()
+
+
+def plot_tradeoff(ax, points):
+    """Draw two quantities against each other, with the 95 % interval of each; methods are lines.
+
+    Parameters
+    ----------
+    ax : Axes
+    points : dict of str to list of tuple of (Summary, Summary)
+        For each method its settings, each with what goes on the x and on the y axis.
+    """
+    for (name, pairs), colour, marker in zip(points.items(), COLOURS, MARKERS, strict=False):
+        style = dict(color=colour, marker=marker, markersize=6, linewidth=1)
+        ax.plot([x.mean for x, _ in pairs], [y.mean for _, y in pairs], label=name, **style)
+        for x, y in pairs:
+            _errorbar(ax, x, y.mean, "x", color=colour, linewidth=1)
+            _errorbar(ax, y, x.mean, "y", color=colour, linewidth=1)
+
+
+def _errorbar(ax, summary, at, direction, **style):
+    style = dict(color="black", linewidth=2, zorder=3) | style
+    arms = [[summary.mean - summary.low], [summary.high - summary.mean]]
+    place = (summary.mean, at) if direction == "x" else (at, summary.mean)
+    marker = "" if style["color"] != "black" else "|"
+    ax.errorbar(*place, **{f"{direction}err": arms}, marker=marker, markersize=12, **style)

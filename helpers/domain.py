@@ -1,0 +1,198 @@
+"""Unsupervised domain adaptation: align, reweight, match, and choose without target labels.
+
+Samples that are empty, no matrix, or of unequal width raise a ValueError that names them.
+"""
+
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch.nn import functional as F
+
+
+def match_statistics(X, X_target, X_source, *, floor=1e-6):
+    """Return (X - m_t) / s_t * s_s + m_s: from target columns' mean and sd to the source's.
+
+    Parameters
+    ----------
+    X : Tensor of shape (k, d)
+        Rows to move: the target's, or others of its domain that the statistics have not seen.
+    X_target, X_source : Tensor of shape (n, d) and (m, d)
+        Rows that give the statistics: inputs, or features of a frozen backbone.
+    floor : float, default=1e-6
+        Smaller target deviations count as this one: a constant column becomes the source mean.
+
+    References
+    ----------
+    AdaBN on any layer: Li et al. (2016), Algorithm 1, arXiv:1603.04779.
+    """
+    _check_columns(X_target=X_target, X_source=X_source, X=X)
+    first = X_target[0]  # a constant column less its first entry has mean and sd exactly 0
+    mean = (X_target - first).mean(0)
+    sd = (X_target - first - mean).square().mean(0).sqrt().clamp_min(floor)  # (d,)
+    return (X - first - mean) / sd * X_source.std(0, correction=0) + X_source.mean(0)
+
+
+def coral(X_source, X_target, *, ridge=1.0):
+    """Return (X_source - m_s) (C_s + ridge I)^(-1/2) (C_t + ridge I)^(1/2) + m_t.
+
+    CORAL (Sun, Feng & Saenko 2016, Algorithm 1, arXiv:1511.05547). The means, 0 in the paper, move
+    too: a model trained on the result reads target rows as they are. C divides by n.
+
+    Parameters
+    ----------
+    X_source, X_target : Tensor of shape (n, d) and (m, d)
+    ridge : float, default=1.0
+        Suits columns of variance 1; beside much smaller variances only the means move.
+
+    Raises
+    ------
+    ValueError
+        If C_s + ridge I is singular: its inverse root does not exist.
+    """
+    _check_columns(X_source=X_source, X_target=X_target)
+    (m_s, v_s, U_s), (m_t, v_t, U_t) = (
+        (m, *torch.linalg.eigh((X - m).T @ (X - m) / len(X)))
+        for X, m in ((X_source, X_source.mean(0)), (X_target, X_target.mean(0)))
+    )
+    v_s, v_t = v_s + ridge, (v_t + ridge).clamp_min(0)
+    if v_s.min() <= torch.finfo(v_s.dtype).eps * len(v_s) * v_s.max():
+        raise ValueError(f"ridge={ridge} leaves the covariance of X_source singular: raise it")
+    return (X_source - m_s) @ (U_s * v_s.rsqrt()) @ U_s.T @ (U_t * v_t.sqrt()) @ U_t.T + m_t
+
+
+def density_ratio(X_source, X_target):
+    """Return p_t(x) / p_s(x) of each source row, (n,), scaled to mean 1.
+
+    Weights for covariate shift (Shimodaira 2000, doi:10.1016/S0378-3758(00)00115-4): the odds of a
+    logistic discriminator (Bickel et al. 2009, JMLR 10:2137-2155; Sugiyama et al. 2012, chapter 4,
+    doi:10.1017/CBO9781139035613). Its L2 penalty (C = 1) expects columns of like scale.
+
+    Parameters
+    ----------
+    X_source, X_target : Tensor of shape (n, d) and (m, d)
+    """
+    _check_columns(X_source=X_source, X_target=X_target)
+    X = torch.cat([X_source, X_target]).detach().cpu().numpy()
+    is_target = [0] * len(X_source) + [1] * len(X_target)
+    discriminator = LogisticRegression(solver="newton-cholesky", tol=1e-8).fit(X, is_target)
+    log_odds = torch.as_tensor(discriminator.decision_function(X[: len(X_source)]))  # (n,)
+    return (len(X_source) * log_odds.softmax(0)).to(X_source)
+
+
+def label_ratio(predicted_source, y_source, predicted_target, *, n_classes):
+    """Solve C w = mu for w = p_t(y) / p_s(y), float64 (n_classes,), and clip it at 0.
+
+    BBSE (Lipton, Wang & Smola 2018, Algorithm 1, arXiv:1802.03916): C[i, j] is the share of source
+    rows predicted i and labelled j, mu[i] that of target rows predicted i; rows labelled y then
+    weigh w[y]. If C is singular, w is the least-squares solution nearest to 1, no correction
+    without evidence (w - 1 as in Azizzadenesheli et al. 2019, section 2, arXiv:1903.09734).
+
+    Parameters
+    ----------
+    predicted_source, y_source : int64 Tensor of shape (n,)
+        Classes of source rows that the classifier was not trained on.
+    predicted_target : int64 Tensor of shape (m,)
+    n_classes : int
+    """
+    if len(predicted_source) != len(y_source):
+        raise ValueError(f"{len(predicted_source)} source predictions, {len(y_source)} labels")
+    given = {"predicted_source": predicted_source, "y_source": y_source}
+    for name, y in (given | {"predicted_target": predicted_target}).items():
+        if len(y) == 0 or y.is_floating_point() or y.min() < 0 or y.max() >= n_classes:
+            raise ValueError(f"{name} must be class indices 0..{n_classes - 1}, at least one")
+    pairs = torch.bincount(predicted_source * n_classes + y_source, minlength=n_classes**2)
+    C = pairs.double().reshape(n_classes, n_classes) / len(y_source)
+    mu = torch.bincount(predicted_target, minlength=n_classes).double() / len(predicted_target)
+    return (1 + torch.linalg.pinv(C) @ (mu - C.sum(1))).clamp_min(0)
+
+
+def weighted_cross_entropy(weights):
+    """Return the loss sum_i w_i CE_i / sum_i w_i, for `train` with all rows in one batch.
+
+    Parameters
+    ----------
+    weights : Tensor of shape (n,)
+        One for each training row; with a batch of other length the loss raises ValueError.
+    """
+
+    def _loss(model, x, y):
+        if len(weights) != len(y):
+            raise ValueError(f"{len(weights)} weights need the full batch, not one of {len(y)}")
+        each = F.cross_entropy(model(x), y, reduction="none")  # (n,)
+        return weights.to(each) @ each / weights.to(each).sum()
+
+    return _loss
+
+
+def mmd2(A, B, *, scale=None):
+    """Return mean k(a, a') + mean k(b, b') - 2 mean k(a, b): squared MMD, biased, 0 or more.
+
+    Gretton et al. (2012, equation 5, JMLR 13:723-773); k(x, y) is the mean of
+    exp(-||x - y||^2 / (c scale)) over c = 1/4, 1/2, 1, 2, 4.
+
+    Parameters
+    ----------
+    A, B : Tensor of shape (n, d) and (m, d)
+    scale : float, optional
+        None is the lower median of ||x - y||^2 over all pairs of rows, without gradient.
+    """
+    _check_columns(A=A, B=B)
+    Z = torch.cat([A, B])
+    distances = torch.pdist(Z).square()  # of rows i < j
+    if scale is None:
+        scale = distances.detach().median().clamp_min(torch.finfo(Z.dtype).eps)
+    kernel = total = torch.exp(distances / (-4 * scale))
+    for _ in range(4):
+        kernel = kernel.square()  # halves c
+        total = total + kernel
+    v = torch.cat([Z.new_full((len(X),), s / len(X)) for X, s in ((A, 1), (B, -1))])
+    i, j = torch.triu_indices(len(Z), len(Z), 1, device=Z.device)
+    return v @ v + 2 * (v[i] * v[j]) @ total / 5  # v' K v, K's diagonal being 1
+
+
+def mmd_loss(X_target, *, weight):
+    """Return the loss CE(model(x), y) + weight * mmd2 of what `model.head` reads, x to X_target.
+
+    DAN (Long et al. 2015, section 3, arXiv:1502.02791) with the last layer matched alone.
+
+    Parameters
+    ----------
+    X_target : Tensor of shape (m, ...)
+        Unlabelled rows; they go through the model together with x, in one batch.
+    weight : float
+    """
+
+    def _loss(model, x, y):
+        read = []
+        hook = model.head.register_forward_pre_hook(lambda head, args: read.append(args[0]))
+        try:
+            logits = model(torch.cat([x, X_target.to(x)]))
+        finally:
+            hook.remove()
+        features, n = read[0], len(x)
+        return F.cross_entropy(logits[:n], y) + weight * mmd2(features[:n], features[n:])
+
+    return _loss
+
+
+def information_maximization(logits):
+    """Return H(mean_i p_i) - mean_i H(p_i) in nats, 0 to log C: sure of rows, classes balanced.
+
+    Larger is better, yet a sure, balanced and wrong model scores high. Shi & Sha (2012,
+    arXiv:1206.6438); to select models: Musgrave et al. (2022, arXiv:2208.07360).
+
+    Parameters
+    ----------
+    logits : Tensor of shape (n, C)
+    """
+    _check_columns(logits=logits)
+    p = logits.softmax(-1)
+    return torch.special.entr(p.mean(0)).sum() - torch.special.entr(p).sum(-1).mean()
+
+
+def _check_columns(**samples):
+    first = next(iter(samples))
+    for name, X in samples.items():
+        if X.ndim != 2 or 0 in X.shape:
+            raise ValueError(f"{name} has shape {tuple(X.shape)}, expected (n, d), both above 0")
+        if (d := X.shape[1]) != (wanted := samples[first].shape[1]):
+            raise ValueError(f"{name} has {d} columns, {first} has {wanted}: make them equal")

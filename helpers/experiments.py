@@ -1,0 +1,323 @@
+"""Part 1's measured experiments: each is a plain function of its seed."""
+
+import copy
+from collections import defaultdict
+from functools import partial
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression, RidgeClassifier
+from torch.optim import Adam
+
+from helpers import domain
+from helpers.data import digits, few_per_class, published_task, shift_digits, shifted_domain
+from helpers.freezing import param_groups
+from helpers.models import MLP, stages, with_fresh_head
+from helpers.strategies import (
+    adapt,
+    feature_extraction,
+    fine_tune,
+    gradual_unfreezing,
+    l2_sp,
+    linear_probe,
+    lp_ft,
+    pretrain,
+)
+from helpers.study import reproducible, run_seeds
+from helpers.training import cross_entropy, evaluate, extract_features, predict, score, train
+
+
+def published_protocol(seed, *, labels=20, shift_scale=1.5, **settings):
+    """Run sections 1.2 to 1.5 once, data draw, split and initialisation all following the seed.
+
+    Parameters
+    ----------
+    seed : int
+    labels : int, default=20
+        Labelled rows of the new domain.
+    shift_scale : float, default=1.5
+        Of `shifted_domain`.
+    **settings : dict of str to object
+        Keyword arguments of one step: `data` of `published_task`, `base` of `pretrain`, `features`
+        of `feature_extraction`, `tuning` of `fine_tune`, `adaptation` of `adapt`.
+
+    Returns
+    -------
+    dict of str to float
+        Accuracies in percent, the published ones and then their corrected versions; and "margin",
+        that of the closest decision behind them.
+    """
+    of = defaultdict(dict, settings)
+    with reproducible(seed):
+        task = published_task(seed, **of["data"])
+        base, _ = pretrain(task, **of["base"])
+        features, _ = feature_extraction(base, task, **of["features"])
+        tuned, _ = fine_tune(base, task, **of["tuning"])
+        X, y = shifted_domain(*task.test, scale=shift_scale, rng=np.random.default_rng(seed))
+        adapted, _ = adapt(base, X[:labels], y[:labels], **of["adaptation"])
+        kept, _ = adapt(base, X[:labels], y[:labels], fresh_head=False, **of["adaptation"])
+        converged = with_fresh_head(base)
+        linear_probe(converged, *task.train, epochs=1000)
+        honest = published_task(seed, scale_on="train", **of["data"])
+        rescaled, _ = pretrain(honest, **of["base"])
+        rest = X[labels:], y[labels:]
+        scores = {
+            "pre-trained": evaluate(base, *task.test),
+            "feature extraction": evaluate(features, *task.test),
+            "fine-tuning": evaluate(tuned, *task.test),
+            "before adaptation": evaluate(base, X, y),
+            "after adaptation": evaluate(adapted, X, y),
+            "before, held out": evaluate(base, *rest),
+            "after, held out": evaluate(adapted, *rest),
+            "after, own head, held out": evaluate(kept, *rest),
+            "head converged": evaluate(converged, *task.test),
+            "pre-trained, honest scaler": evaluate(rescaled, *honest.test),
+        }
+        seen, unseen = (extract_features(converged, X) for X in (task.X_train, task.X_test))
+        for name, head in {
+            "head logistic": LogisticRegression(tol=1e-8, max_iter=10_000),
+            "head closed form": RidgeClassifier(),
+        }.items():
+            logits = torch.as_tensor(head.fit(seen, task.y_train).decision_function(unseen))
+            if logits.ndim == 1:  # scikit-learn's two classes share one column
+                logits = torch.stack([-logits, logits], 1)
+            scores[name] = score(logits, task.y_test)
+    return _percent(scores)
+
+
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)  # candidates: validation rows decide which one a method gets
+TARGETS = {  # what the target images went through: kind and strength of `shift_digits`
+    "noisy": ("noise", 0.3),
+    "inverted": ("inversion", 0.0),
+    "turned 90°": ("rotation", 90.0),
+}
+
+
+def _full(model, X, y, *, lr, below=1.0, alpha=0.0):
+    """Fine-tune everything; each stage's rate is `below` times that of the stage above it."""
+    names = list(stages(model))
+    rates = {name: lr * below ** (len(names) - 1 - i) for i, name in enumerate(names)}
+    loss = l2_sp(model, alpha=alpha) if alpha else cross_entropy
+    optimizer = Adam(param_groups(model, rates), fused=True)
+    train(model, X, y, optimizer=optimizer, epochs=100, loss=loss)
+
+
+FORGETTING = {  # each a function of model, X, y and lr
+    "full fine-tuning": _full,
+    "discriminative rates": partial(_full, below=1 / 2.6),  # Howard & Ruder's factor
+    "gradual unfreezing": gradual_unfreezing,
+    "LP-FT": lp_ft,
+    "L2-SP": partial(_full, alpha=0.1),
+    "linear probing": linear_probe,
+}
+
+
+def forgetting(seed, *, per_class=20):
+    """Adapt a digit model to images turned by 90 degrees in six ways; score it on both domains.
+
+    Each domain has a head of its own, as for two tasks: the new head starts fresh, the source
+    accuracy is that of the old head on the adapted backbone.
+
+    Parameters
+    ----------
+    seed : int
+    per_class : int, default=20
+        Labelled target images of each digit; as many others choose the learning rate.
+
+    Returns
+    -------
+    dict of str to float
+        Accuracies in percent on held-out images, for each method at each rate ("method,
+        rate/source" and "/target") and at the rate that did best on the validation images
+        ("method/source" and "/target"); and "margin".
+    """
+    with reproducible(seed):
+        rng = np.random.default_rng(seed)
+        source, source_test, pool, target_test = digits(rng, (650, 300, 500, 347))
+        pool, target_test = (_shifted(rows, "turned 90°", rng) for rows in (pool, target_test))
+        rows = few_per_class(pool[1], 2 * per_class, rng)
+        half = [pool[1][rows][:i].eq(pool[1][row]).sum() < per_class for i, row in enumerate(rows)]
+        half = torch.stack(half)
+        (X, y), validation = ((pool[0][rows[m]], pool[1][rows[m]]) for m in (half, ~half))
+        base = _mlp(*source)
+        start = with_fresh_head(base)
+        scores = {}
+        for name, method in FORGETTING.items():
+            best = -1.0
+            for lr in RATES:
+                model = copy.deepcopy(start)
+                method(model, X, y, lr=lr)
+                chosen = evaluate(model, *validation).accuracy
+                on_target = evaluate(model, *target_test)
+                model.head = base.head
+                on_source = evaluate(model, *source_test)
+                names = [f"{name}, {lr:g}"]
+                if chosen > best:
+                    names, best = [*names, name], chosen
+                for n in names:
+                    scores |= {f"{n}/target": on_target, f"{n}/source": on_source}
+        scores["pre-trained/source"] = evaluate(base, *source_test)
+    return _percent(scores)
+
+
+BUDGETS = (1, 3, 10, 30, 50)  # labelled target images of each digit
+METHODS = ("from scratch", "linear probing", "fine-tuning", "LP-FT")
+
+
+def label_budget(seed, *, target, rates, budgets=BUDGETS, score_on="test"):
+    """Train four ways on a few labelled target images, for each label budget.
+
+    Parameters
+    ----------
+    seed : int
+    target : str
+        A key of `TARGETS`.
+    rates : dict of str to float
+        Learning rate of each of `METHODS`.
+    budgets : sequence of int
+        Labelled images of each digit; smaller samples are parts of larger ones.
+    score_on : {"test", "validation"}
+        Validation images are for choosing `rates`; no image is in both.
+
+    Returns
+    -------
+    dict of str to float
+        "method/budget": accuracy in percent; and "margin".
+    """
+    with reproducible(seed):
+        rng = np.random.default_rng(seed)
+        source, pool, validation, test = digits(rng, (650, 540, 200, 407))
+        pool, validation, test = (_shifted(rows, target, rng) for rows in (pool, validation, test))
+        held_out = {"test": test, "validation": validation}[score_on]
+        base, fresh = _mlp(*source), MLP(64, n_classes=10)
+        order = few_per_class(pool[1], max(budgets), rng)
+        scores = {}
+        for k in budgets:
+            rows = torch.cat([order[pool[1][order] == c][:k] for c in range(10)])
+            X, y = (part[rows] for part in pool)
+            for name in METHODS:
+                model = copy.deepcopy(fresh) if name == "from scratch" else with_fresh_head(base)
+                method = FORGETTING.get(name, _full)
+                method(model, X, y, lr=rates[name])
+                scores[f"{name}/{k}"] = evaluate(model, *held_out)
+    return _percent(scores)
+
+
+def choose_rates(target, seeds, *, workers=None):
+    """Choose each method's learning rate on validation images: best mean accuracy over seeds.
+
+    Parameters
+    ----------
+    target : str
+        A key of `TARGETS`.
+    seeds : sequence of int
+        Others than those of the measurement.
+    workers : int, optional
+        As in `helpers.study.run_seeds`.
+
+    Returns
+    -------
+    dict of str to float
+        One of `RATES` for each of `METHODS`.
+    """
+    means = {}
+    for lr in RATES:
+        tried = dict.fromkeys(METHODS, lr)
+        settings = {"target": target, "rates": tried, "budgets": (10,), "score_on": "validation"}
+        results = run_seeds(partial(label_budget, **settings), seeds, workers=workers)
+        for name in METHODS:
+            means[name, lr] = results[f"{name}/10"].mean().round(9)
+    return {name: max(RATES, key=lambda lr: means[name, lr]) for name in METHODS}
+
+
+SHIFTS = ("none", "noisy", "turned 30°", "low contrast", "label shift", "concept shift")
+
+
+def adaptation(seed, *, shift):
+    """Adapt a digit model to a shifted domain in the classic ways, and choose between them.
+
+    Unsupervised methods see the target pool's images, never its labels nor the test images.
+
+    Parameters
+    ----------
+    seed : int
+    shift : str
+        One of `SHIFTS`.
+
+    Returns
+    -------
+    dict of str to float
+        Accuracy in percent of each method on target test images; and "margin".
+    """
+    with reproducible(seed):
+        rng = np.random.default_rng(seed)
+        source, held_out, pool, test = digits(rng, (500, 200, 600, 497))
+        pool, test = (_shifted(rows, shift, rng) for rows in (pool, test))
+        base = _mlp(*source)
+        guess = [predict(base, X).argmax(-1) for X in (held_out[0], pool[0])]
+        of_class = domain.label_ratio(guess[0], held_out[1], guess[1], n_classes=10)
+        like_source = partial(domain.match_statistics, X_target=pool[0], X_source=source[0])
+        as_is = torch.Tensor.clone
+        candidates = {  # a model, and what happens to target images before it reads them
+            "source only": (base, as_is),
+            "target statistics": (base, like_source),
+            "CORAL": (_mlp(domain.coral(source[0], pool[0], ridge=0.1), source[1]), as_is),
+            "importance weights": (
+                _mlp(*source, weights=domain.density_ratio(source[0], pool[0])),
+                as_is,
+            ),
+            "label weights": (_mlp(*source, weights=of_class[source[1]]), as_is),
+        }
+        for weight in (0.3, 3.0):
+            model = copy.deepcopy(base)
+            loss = domain.mmd_loss(pool[0][:128], weight=weight)
+            optimizer = Adam(model.parameters(), lr=1e-3, fused=True)
+            train(model, *source, optimizer=optimizer, epochs=15, batch_size=128, loss=loss)
+            candidates[f"MMD, weight {weight:g}"] = model, as_is
+        scores = {
+            name: evaluate(model, view(test[0]), test[1])
+            for name, (model, view) in candidates.items()
+        }
+        logits = {name: predict(model, view(pool[0])) for name, (model, view) in candidates.items()}
+        unseen = max(logits, key=lambda name: domain.information_maximization(logits[name]))
+        seen = max(logits, key=lambda name: score(logits[name], pool[1]).correct)
+        scores |= {"chosen without labels": scores[unseen], "chosen by the oracle": scores[seen]}
+        few = few_per_class(pool[1], 3, rng)
+        for name, rows in {"3 labels per class": few, "all labels (oracle)": slice(None)}.items():
+            model = copy.deepcopy(base)
+            _full(model, pool[0][rows], pool[1][rows], lr=1e-3)
+            scores[name] = evaluate(model, *test)
+    return _percent(scores)
+
+
+def _mlp(X, y, *, weights=None):
+    """Train a new MLP on digits; with `weights` some rows count more than others."""
+    model = MLP(64, n_classes=10)
+    loss = cross_entropy if weights is None else domain.weighted_cross_entropy(weights)
+    optimizer = Adam(model.parameters(), lr=1e-2, fused=True)
+    train(model, X, y, optimizer=optimizer, epochs=100, loss=loss)
+    return model
+
+
+def _shifted(rows, name, rng):
+    """Return images and labels as the domain `name` has them."""
+    X, y = rows
+    if name == "label shift":  # the upper five digits become five times rarer
+        of_class = [(y == c).nonzero()[:, 0] for c in range(10)]
+        kept = torch.cat([r[: len(r) // (1 if c < 5 else 5)] for c, r in enumerate(of_class)])
+        return X[kept], y[kept]
+    if name == "concept shift":  # 1 and 7, 3 and 8 exchange their names
+        names = torch.tensor([0, 7, 2, 8, 4, 5, 6, 1, 3, 9])
+        return X, names[y]
+    others = {
+        "none": ("none", 0.0),
+        "turned 30°": ("rotation", 30.0),
+        "low contrast": ("contrast", 0.3),
+    }
+    kind, strength = (TARGETS | others)[name]
+    return shift_digits(X, kind, strength=strength, rng=rng), y
+
+
+def _percent(scores):
+    margin = min(s.margin for s in scores.values())
+    return {name: 100 * s.accuracy for name, s in scores.items()} | {"margin": margin}
