@@ -15,14 +15,25 @@ export OMP_NUM_THREADS ?= 1
 export MKL_NUM_THREADS ?= $(OMP_NUM_THREADS)
 export OPENBLAS_NUM_THREADS ?= $(OMP_NUM_THREADS)
 
+# nbconvert shows source code in outputs in a text font, and solutions unfolded: they open under the mouse
+CSS := .jp-RenderedMarkdown pre { font-family: monospace; line-height: 1.25 } \
+  .celltag_solution:not(:hover) { max-height: 2em; overflow: hidden; opacity: 0.4 }
+
 .DEFAULT_GOAL := help
-.PHONY: help execute test style unit check nbval lab html format bench lock clean
+.PHONY: help execute picture test style unit check nbval drift lab html format bench lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
 execute: $(READY) ## run the notebooks top to bottom and store their outputs (ARGS="-p name value" writes to build/ only)
 	$(RUN) helpers.execute $(NOTEBOOKS) --jobs $(JOBS) $(ARGS)
+	@test -n "$(ARGS)" || $(MAKE) --silent picture
+
+picture: $(READY) ## take the README's picture out of notebook 1
+	@$(VENV)/bin/python -c "import base64, nbformat; \
+	  nb = nbformat.read('notebooks/01_transfer_learning.ipynb', as_version=4); \
+	  out, = [o for c in nb.cells if c.id == 'budgets-figure' for o in c.outputs]; \
+	  open('notebooks/picture.png', 'wb').write(base64.b64decode(out.data['image/png']))"
 
 test: style unit check nbval ## all that CI checks: style, unit tests, stored form, and outputs that repeat
 
@@ -40,11 +51,18 @@ check: $(READY) ## canonical form of the stored notebooks, without running them
 nbval: $(READY) ## run each notebook again and compare every output, figures included
 	$(RUN) pytest -n $(JOBS) --dist loadfile -p tests.gate --nbval --nbval-current-env --nbval-cell-timeout 600 $(NOTEBOOKS)
 
+drift: $(READY) ## nbval again under other instruction sets, two threads: outputs must not move
+	ATEN_CPU_CAPABILITY=default $(MAKE) nbval
+	ATEN_CPU_CAPABILITY=avx2 $(MAKE) nbval
+	MKL_CBWR=COMPATIBLE $(MAKE) nbval
+	OMP_NUM_THREADS=2 $(MAKE) nbval
+
 lab: $(READY) ## JupyterLab on the notebooks
 	$(VENV)/bin/jupyter lab notebooks
 
 html: $(READY) ## render the stored notebooks to build/html
 	$(VENV)/bin/jupyter nbconvert --to html --output-dir build/html $(NOTEBOOKS)
+	@sed -i.bak 's#</head>#<style>$(CSS)</style></head>#' build/html/*.html && rm build/html/*.bak
 
 format: $(READY) ## format the code, notebooks included
 	$(RUN) ruff check --fix .

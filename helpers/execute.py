@@ -115,6 +115,8 @@ def canonical(nb):
         kept = {k: cell[k] for k in ("cell_type", "id", "source")}
         tags = cell.metadata.get("tags")
         kept["metadata"] = {"tags": tags} if tags else {}
+        if tags and "solution" in tags:  # folded by JupyterLab, Notebook and VS Code
+            kept["metadata"]["jupyter"] = {"outputs_hidden": True, "source_hidden": True}
         if cell.cell_type == "code":
             count += 1
             kept |= {"execution_count": count, "outputs": []}

@@ -1,0 +1,200 @@
+"""The notebooks as users run them: other parameters, bad parameters, and what a notebook is."""
+
+import ast
+import base64
+import re
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import nbformat
+import pytest
+import torch
+
+from helpers.execute import execute, parameters
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+PART1 = ROOT / "notebooks" / "01_transfer_learning.ipynb"
+SEED = """
+Train: torch.Size([400, 20])  |  Test: torch.Size([100, 20])  |  Classes: 4
+Pre-trained base accuracy: 81.00%
+Total parameters: 7,716
+Trainable: 132 / 7,716  (1.7%)
+Feature extraction accuracy: 55.00%
+Backbone weights unchanged -- same backbone usable for other tasks.
+Trainable: 6,372 / 7,716  (82.6%)
+Fine-tuned accuracy: 76.00%
+Accuracy BEFORE domain adaptation: 57.00%
+Accuracy AFTER  domain adaptation: 58.00%
+Improvement: +1.0pp  using only 20 adapted samples
+""".strip().splitlines()
+
+
+def printed(nb):
+    """Return the text lines of a notebook's outputs."""
+    outputs = (o for c in nb.cells for o in c.get("outputs", []))
+    return [line for o in outputs for line in o.get("text", "").splitlines()]
+
+
+def figures(path):
+    outputs = [o for c in nbformat.read(path, as_version=4).cells for o in c.get("outputs", [])]
+    return [
+        base64.b64decode(o.data["image/png"]) for o in outputs if "image/png" in o.get("data", {})
+    ]
+
+
+@pytest.fixture
+def sections(tmp_path):
+    """Return a function that runs sections 1.1 to 1.7 with other parameters."""
+
+    def run(**values):
+        nb = nbformat.read(PART1, as_version=4)
+        last = next(i for i, c in enumerate(nb.cells) if c.id == "margin")
+        nb.cells = nb.cells[: last + 1]
+        path = tmp_path / "notebooks" / PART1.name
+        path.parent.mkdir(exist_ok=True)
+        nbformat.write(nb, path)
+        return printed(nbformat.read(execute(path, values), as_version=4))
+
+    return run
+
+
+def test_part_1_prints_the_published_lines_in_their_order():
+    lines = [line for line in printed(nbformat.read(PART1, as_version=4)) if line in SEED]
+    assert lines == SEED
+
+
+def test_a_clean_kernel_prints_the_clean_numbers(sections):
+    lines = sections(earlier_runs=0)
+    for line in (
+        "Pre-trained base accuracy: 84.00%",
+        "Feature extraction accuracy: 61.00%",
+        "Fine-tuned accuracy: 81.00%",
+        "Accuracy BEFORE domain adaptation: 44.00%",
+        "Accuracy AFTER  domain adaptation: 46.00%",
+        "Improvement: +2.0pp  using only 20 adapted samples",
+    ):
+        assert line in lines
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        (
+            {"n_classes": 3, "hidden": 16, "n_samples": 300, "test_fraction": 0.3, "seed": 1},
+            [
+                "Train: torch.Size([210, 20])  |  Test: torch.Size([90, 20])  |  Classes: 3",
+                "Total parameters: 1,251",
+                "Trainable: 99 / 1,251  (7.9%)",
+                "Trainable: 915 / 1,251  (73.1%)",
+            ],
+        ),
+        (
+            {"n_features": 30, "n_informative": 12, "n_classes": 2, "tune_from_stage": 0}
+            | {"tune_epochs": 5, "tune_lr": 1e-3, "tune_head_lr": 1e-2, "adapt_fraction": 0.5},
+            ["Trainable: 8,290 / 8,290  (100.0%)"],
+        ),
+        (
+            {"n_classes": 8, "tune_from_stage": 3, "adapt_from_stage": 0, "pretrain_epochs": 5}
+            | {"pretrain_lr": 1e-2, "feature_epochs": 3, "feature_lr": 1e-2, "threads": 2},
+            ["Trainable: 264 / 7,848  (3.4%)"],
+        ),
+        (
+            {"shift_scale": 0.0, "adapt_epochs": 1, "adapt_lr": 1e-8, "earlier_runs": 3},
+            ["Accuracy BEFORE domain adaptation: 82.00%"],
+        ),
+    ],
+)
+def test_counts_heads_and_prints_follow_the_parameters(sections, values, expected):
+    lines = sections(**values)
+    assert [line for line in expected if line not in lines] == []
+
+
+def test_a_fall_is_printed_as_a_fall(sections):
+    change = re.compile(r"(Improvement|Fall): ([+-]\d+\.\d)pp")
+    (found,) = filter(None, map(change.match, sections(adapt_lr=0.5, adapt_epochs=20)))
+    assert found[1] == "Fall" and float(found[2]) < 0
+
+
+def test_the_whole_notebook_runs_with_other_parameters(tmp_path):
+    path = tmp_path / "notebooks" / PART1.name
+    path.parent.mkdir()
+    path.write_bytes(PART1.read_bytes())
+    built = execute(path, {"n_seeds": 10, "n_classes": 2, "hidden": 8, "seed": 3, "workers": 1})
+    lines = printed(nbformat.read(built, as_version=4))
+    assert any("10 seeds" in line for line in lines) and any("n = 2 seeds" in x for x in lines)
+
+
+BAD = [
+    ("n_samples", 39, "n_samples = 39 must be from 40 to 20000"),
+    ("n_classes", 9, "n_classes = 9 must be from 2 to 8"),
+    ("n_classes", 2.0, "n_classes = 2.0 must be an integer from 2 to 8"),
+    ("n_informative", 19, "n_features = 20 must be at least n_informative + 2 = 21"),
+    ("test_fraction", 1.0, "test_fraction = 1.0 must be from 0.05 to 0.9"),
+    ("hidden", 0, "hidden = 0 must be from 1 to 1024"),
+    ("pretrain_lr", -1e-3, "pretrain_lr = -0.001 must be"),
+    ("tune_lr", float("nan"), "tune_lr = nan must be"),
+    ("tune_head_lr", "fast", "tune_head_lr = 'fast' must be a number"),
+    ("tune_from_stage", 4, "tune_from_stage = 4 must be from 0 to 3"),
+    ("adapt_fraction", 0.0, "adapt_fraction = 0.0 must be"),
+    ("shift_scale", float("inf"), "shift_scale = inf must be"),
+    ("feature_epochs", 0, "feature_epochs = 0 must be"),
+    ("earlier_runs", 9, "earlier_runs = 9 must be from 0 to 8"),
+    ("n_seeds", 1, "n_seeds = 1 must be from 10"),
+    ("workers", -1, "workers = -1 must be from 0"),
+    ("threads", 0, "threads = 0 must be from 1"),
+    ("seed", -1, "seed = -1 must be from 0"),
+]
+
+
+@pytest.mark.parametrize("name, value, told", BAD, ids=[f"{n}={v}" for n, v, _ in BAD])
+def test_a_bad_value_stops_in_the_first_cells_with_one_sentence(name, value, told):
+    code = [c for c in nbformat.read(PART1, as_version=4).cells if c.cell_type == "code"][:4]
+    kernel, style = {"display": print}, dict(plt.rcParams)
+    threads = torch.get_num_threads()
+    try:
+        with pytest.raises((ValueError, TypeError)) as error:
+            for cell in code:
+                exec(cell.source.replace("%matplotlib inline", ""), kernel)
+                if "parameters" in cell.metadata.get("tags", []):
+                    kernel[name] = value
+    finally:
+        torch.set_num_threads(threads)
+        plt.rcParams.update(style)
+    assert told in str(error.value) and "\n" not in str(error.value)
+
+
+def test_every_parameter_is_described_with_its_range():
+    listed = parameters(nbformat.read(PART1, as_version=4))
+    for name, (_, meaning) in listed.items():
+        assert re.search(r"\bto \d", meaning), f"{name}: {meaning!r} names no range"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_keeps_its_form(path):
+    nb = nbformat.read(path, as_version=4)
+    code = [c for c in nb.cells if c.cell_type == "code"]
+    assert "parameters" in code[1].metadata.get("tags", []), "parameters are the second code cell"
+    defining = 0
+    for cell in code:
+        lines = [line for line in cell.source.splitlines() if line.strip()]
+        tags = cell.metadata.get("tags", [])
+        assert len(lines) <= 18 or tags, f"{cell.id} has {len(lines)} lines"
+        assert "solution" not in tags or cell.metadata.jupyter.source_hidden
+        body = ast.parse(cell.source.replace("%matplotlib inline", "")).body
+        defining += any(isinstance(n, ast.FunctionDef | ast.ClassDef) for n in body) and not tags
+    assert defining <= 3, "what is reusable belongs in helpers"
+    assert "get_num_threads() ==" in code[2].source
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_no_decision_behind_a_printed_number_is_close(path):
+    told = [line for line in printed(nbformat.read(path, as_version=4)) if "closer than" in line]
+    assert told and all(re.search(r"in 0 of \d+ seeds", line) for line in told)
+
+
+def test_the_readme_shows_a_figure_of_the_notebook():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (name,) = re.findall(r"!\[.*\]\((.*\.png)\)", readme)
+    shown = (ROOT / name).read_bytes()
+    assert shown in figures(PART1), "run `make picture`"
