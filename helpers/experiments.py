@@ -295,7 +295,7 @@ def _mlp(X, y, *, weights=None):
     model = MLP(64, n_classes=10)
     loss = cross_entropy if weights is None else domain.weighted_cross_entropy(weights)
     optimizer = Adam(model.parameters(), lr=1e-2, fused=True)
-    train(model, X, y, optimizer=optimizer, epochs=100, loss=loss)
+    train(model, X, y, optimizer=optimizer, epochs=60, loss=loss)
     return model
 
 
