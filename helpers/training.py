@@ -147,8 +147,8 @@ def train(
     step, best, best_state = 0, math.inf, None
     modes = {module: module.training for module in model.modules()}
     try:
+        _train_mode(model)
         for epoch in range(epochs):
-            _train_mode(model)
             full = batch_size >= len(X)  # one batch has no order: no random number is drawn
             order = None if full else torch.randperm(len(X), generator=generator).to(device)
             total = 0.0
