@@ -299,8 +299,8 @@ def few_per_class(y, k, rng):
 
     Returns
     -------
-    int64 Tensor of shape (C * k,)
-        Row numbers, in random order.
+    int64 Tensor of shape (C, k)
+        Row numbers, one row of them for each class.
 
     Raises
     ------
@@ -313,7 +313,7 @@ def few_per_class(y, k, rng):
         if len(of_class) < k:
             raise ValueError(f"class {c} has {len(of_class)} rows, {k} were asked for")
         rows.append(rng.permutation(of_class)[:k])
-    return torch.as_tensor(rng.permutation(np.concatenate(rows)))
+    return torch.as_tensor(np.stack(rows))
 
 
 def _tensors(X, y):

@@ -173,7 +173,8 @@ def faults(nb):
             found.append(f"{where}: draws, but no figure is stored")
         if any(_blank(p) for p in pictures):
             found.append(f"{where}: a stored figure is blank")
-        texts = [o.get("text", "") for o in cell.outputs] + [d.get("text/plain", "") for d in data]
+        texts = [o.get("text", "") for o in cell.outputs]
+        texts += [text for d in data for kind, text in d.items() if kind.startswith("text/")]
         if trace := TRACES.search("\n".join(texts)):
             found.append(f"{where}: output holds {trace[0]!r}, a path or address of one machine")
     return found
@@ -322,6 +323,7 @@ def _prints(source):
                 "print",
                 "display",
                 "show_source",
+                "show_table",
             ):
                 return True
     shown = body and isinstance(body[-1], ast.Expr) and not isinstance(body[-1].value, ast.Call)

@@ -48,18 +48,25 @@ def published_protocol(seed, *, labels=20, shift_scale=1.5, **settings):
         that of the closest decision behind them.
     """
     of = defaultdict(dict, settings)
+
+    def _drawn(function, *args, **options):  # pairs: all start from the same random weights
+        with reproducible(seed):
+            return function(*args, **options)
+
     with reproducible(seed):
         task = published_task(seed, **of["data"])
-        base, _ = pretrain(task, **of["base"])
-        features, _ = feature_extraction(base, task, **of["features"])
-        tuned, _ = fine_tune(base, task, **of["tuning"])
+        base, _ = _drawn(pretrain, task, **of["base"])
+        features, _ = _drawn(feature_extraction, base, task, **of["features"])
+        tuned, _ = _drawn(fine_tune, base, task, **of["tuning"])
+        longer, _ = _drawn(fine_tune, base, task, **(of["tuning"] | {"epochs": 200}))
         X, y = shifted_domain(*task.test, scale=shift_scale, rng=np.random.default_rng(seed))
-        adapted, _ = adapt(base, X[:labels], y[:labels], **of["adaptation"])
-        kept, _ = adapt(base, X[:labels], y[:labels], fresh_head=False, **of["adaptation"])
-        converged = with_fresh_head(base)
+        few = base, X[:labels], y[:labels]
+        adapted, _ = _drawn(adapt, *few, **of["adaptation"])
+        kept, _ = _drawn(adapt, *few, fresh_head=False, **of["adaptation"])
+        converged = _drawn(with_fresh_head, base)
         linear_probe(converged, *task.train, epochs=300, lr=0.1)
         honest = published_task(seed, scale_on="train", **of["data"])
-        rescaled, _ = pretrain(honest, **of["base"])
+        rescaled, _ = _drawn(pretrain, honest, **of["base"])
         rest = X[labels:], y[labels:]
         scores = {
             "pre-trained": evaluate(base, *task.test),
@@ -67,16 +74,17 @@ def published_protocol(seed, *, labels=20, shift_scale=1.5, **settings):
             "fine-tuning": evaluate(tuned, *task.test),
             "before adaptation": evaluate(base, X, y),
             "after adaptation": evaluate(adapted, X, y),
-            "before, held out": evaluate(base, *rest),
-            "after, held out": evaluate(adapted, *rest),
-            "after, own head, held out": evaluate(kept, *rest),
-            "head converged": evaluate(converged, *task.test),
-            "pre-trained, honest scaler": evaluate(rescaled, *honest.test),
+            "before, other rows": evaluate(base, *rest),
+            "after, other rows": evaluate(adapted, *rest),
+            "after from the trained head, other rows": evaluate(kept, *rest),
+            "feature extraction, longer": evaluate(converged, *task.test),
+            "fine-tuning, longer": evaluate(longer, *task.test),
+            "pre-trained, scaler on training rows": evaluate(rescaled, *honest.test),
         }
         seen, unseen = (extract_features(converged, X) for X in (task.X_train, task.X_test))
         for name, head in {
-            "head logistic": LogisticRegression(tol=1e-8, max_iter=10_000),
-            "head closed form": RidgeClassifier(),
+            "logistic head": LogisticRegression(solver="newton-cholesky", tol=1e-8),
+            "closed-form head": RidgeClassifier(),
         }.items():
             logits = torch.as_tensor(head.fit(seen, task.y_train).decision_function(unseen))
             if logits.ndim == 1:  # scikit-learn's two classes share one column
@@ -85,7 +93,29 @@ def published_protocol(seed, *, labels=20, shift_scale=1.5, **settings):
     return _percent(scores)
 
 
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)  # candidates: validation rows decide which one a method gets
+def source_model(start, X, y, *, weights=None):
+    """Return a copy of `start`, all of it trained on digits for 100 full-batch steps.
+
+    Parameters
+    ----------
+    start : MLP
+    X : Tensor of shape (n, 64)
+    y : int64 Tensor of shape (n,)
+    weights : Tensor of shape (n,), optional
+        How much each row counts; None counts them alike.
+
+    Returns
+    -------
+    MLP
+    """
+    model = copy.deepcopy(start)
+    loss = cross_entropy if weights is None else domain.weighted_cross_entropy(weights)
+    optimizer = Adam(model.parameters(), lr=1e-2, fused=True)
+    train(model, X, y, optimizer=optimizer, epochs=100, loss=loss)
+    return model
+
+
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # validation rows decide which one a method gets
 TARGETS = {  # what the target images went through: kind and strength of `shift_digits`
     "noisy": ("noise", 0.3),
     "inverted": ("inversion", 0.0),
@@ -93,8 +123,21 @@ TARGETS = {  # what the target images went through: kind and strength of `shift_
 }
 
 
-def _full(model, X, y, *, lr, below=1.0, alpha=0.0):
-    """Fine-tune everything; each stage's rate is `below` times that of the stage above it."""
+def full_fine_tuning(model, X, y, *, lr, below=1.0, alpha=0.0):
+    """Train everything for 100 full-batch steps, in place.
+
+    Parameters
+    ----------
+    model : nn.Module
+    X : Tensor of shape (n, d)
+    y : int64 Tensor of shape (n,)
+    lr : float
+        Adam's learning rate for the top stage.
+    below : float, default=1.0
+        Rate of each stage as a share of the rate of the stage above it.
+    alpha : float, default=0.0
+        Strength of `l2_sp`, the pull to where the weights start.
+    """
     names = list(stages(model))
     rates = {name: lr * below ** (len(names) - 1 - i) for i, name in enumerate(names)}
     loss = l2_sp(model, alpha=alpha) if alpha else cross_entropy
@@ -102,13 +145,13 @@ def _full(model, X, y, *, lr, below=1.0, alpha=0.0):
     train(model, X, y, optimizer=optimizer, epochs=100, loss=loss)
 
 
-FORGETTING = {  # each a function of model, X, y and lr
-    "full fine-tuning": _full,
-    "discriminative rates": partial(_full, below=1 / 2.6),  # Howard & Ruder's factor
-    "gradual unfreezing": gradual_unfreezing,
-    "LP-FT": lp_ft,
-    "L2-SP": partial(_full, alpha=0.1),
-    "linear probing": linear_probe,
+FORGETTING = {  # each a function of model, X, y and lr, of 100 epochs in all
+    "full fine-tuning": full_fine_tuning,
+    "discriminative rates": partial(full_fine_tuning, below=1 / 2.6),  # Howard & Ruder's factor
+    "gradual unfreezing": partial(gradual_unfreezing, epochs=100),
+    "LP-FT": partial(lp_ft, epochs=50, probe_epochs=50, probe_lr=3e-2),
+    "L2-SP": partial(full_fine_tuning, alpha=0.1),
+    "linear probing": partial(linear_probe, epochs=100),
 }
 
 
@@ -129,39 +172,40 @@ def forgetting(seed, *, per_class=20):
     dict of str to float
         Accuracies in percent on held-out images, for each method at each rate ("method,
         rate/source" and "/target") and at the rate that did best on the validation images
-        ("method/source" and "/target"); and "margin".
+        ("method/source" and "/target"), with that rate ("method/rate"); and "margin".
     """
     with reproducible(seed):
         rng = np.random.default_rng(seed)
         source, source_test, pool, target_test = digits(rng, (650, 300, 500, 347))
         pool, target_test = (_shifted(rows, "turned 90°", rng) for rows in (pool, target_test))
-        rows = few_per_class(pool[1], 2 * per_class, rng)
-        half = [pool[1][rows][:i].eq(pool[1][row]).sum() < per_class for i, row in enumerate(rows)]
-        half = torch.stack(half)
-        (X, y), validation = ((pool[0][rows[m]], pool[1][rows[m]]) for m in (half, ~half))
-        base = _source_model(MLP(64, n_classes=10), *source)
+        rows = few_per_class(pool[1], 2 * per_class, rng).split(per_class, dim=1)
+        (X, y), validation = ((pool[0][r.flatten()], pool[1][r.flatten()]) for r in rows)
+        base = source_model(MLP(64, n_classes=10), *source)
         start = with_fresh_head(base)
-        scores = {}
+        scores, chosen, validated = {}, {}, []
         for name, method in FORGETTING.items():
-            best = -1.0
+            best = -1
             for lr in RATES:
                 model = copy.deepcopy(start)
                 method(model, X, y, lr=lr)
-                chosen = evaluate(model, *validation).accuracy
+                validated.append(evaluate(model, *validation))
                 on_target = evaluate(model, *target_test)
                 model.head = base.head
                 on_source = evaluate(model, *source_test)
                 names = [f"{name}, {lr:g}"]
-                if chosen > best:
-                    names, best = [*names, name], chosen
+                if validated[-1].correct > best:
+                    names, best = [*names, name], validated[-1].correct
+                    chosen[f"{name}/rate"] = lr
                 for n in names:
                     scores |= {f"{n}/target": on_target, f"{n}/source": on_source}
         scores["pre-trained/source"] = evaluate(base, *source_test)
-    return _percent(scores)
+    return _percent(scores, *validated) | chosen
 
 
 BUDGETS = (1, 3, 10, 30, 50)  # labelled target images of each digit
-METHODS = ("from scratch", "linear probing", "fine-tuning", "LP-FT")
+METHODS = {"from scratch": full_fine_tuning, "fine-tuning": full_fine_tuning} | {
+    name: FORGETTING[name] for name in ("linear probing", "LP-FT")
+}
 
 
 def label_budget(seed, *, target, rates, budgets=BUDGETS, score_on="test"):
@@ -172,8 +216,8 @@ def label_budget(seed, *, target, rates, budgets=BUDGETS, score_on="test"):
     seed : int
     target : str
         A key of `TARGETS`.
-    rates : dict of str to float
-        Learning rate of each of `METHODS`.
+    rates : dict of str to float or tuple of float
+        Learning rate of each of `METHODS`, or several to try.
     budgets : sequence of int
         Labelled images of each digit; smaller samples are parts of larger ones.
     score_on : {"test", "validation"}
@@ -182,7 +226,8 @@ def label_budget(seed, *, target, rates, budgets=BUDGETS, score_on="test"):
     Returns
     -------
     dict of str to float
-        "method/budget": accuracy in percent; and "margin".
+        "method/budget", or "method, rate/budget" where there are several: accuracy in percent; and
+        "margin".
     """
     with reproducible(seed):
         rng = np.random.default_rng(seed)
@@ -190,17 +235,17 @@ def label_budget(seed, *, target, rates, budgets=BUDGETS, score_on="test"):
         pool, validation, test = (_shifted(rows, target, rng) for rows in (pool, validation, test))
         held_out = {"test": test, "validation": validation}[score_on]
         fresh = MLP(64, n_classes=10)
-        transferred = with_fresh_head(_source_model(fresh, *source))
+        transferred = with_fresh_head(source_model(fresh, *source))
         order = few_per_class(pool[1], max(budgets), rng)
         scores = {}
         for k in budgets:
-            rows = torch.cat([order[pool[1][order] == c][:k] for c in range(10)])
-            X, y = (part[rows] for part in pool)
-            for name in METHODS:
-                model = copy.deepcopy(fresh if name == "from scratch" else transferred)
-                method = FORGETTING.get(name, _full)
-                method(model, X, y, lr=rates[name])
-                scores[f"{name}/{k}"] = evaluate(model, *held_out)
+            X, y = (part[order[:, :k].flatten()] for part in pool)
+            for name, method in METHODS.items():
+                for lr in np.atleast_1d(rates[name]):
+                    model = copy.deepcopy(fresh if name == "from scratch" else transferred)
+                    method(model, X, y, lr=float(lr))
+                    label = name if np.isscalar(rates[name]) else f"{name}, {lr:g}"
+                    scores[f"{label}/{k}"] = evaluate(model, *held_out)
     return _percent(scores)
 
 
@@ -221,14 +266,10 @@ def choose_rates(target, seeds, *, workers=None):
     dict of str to float
         One of `RATES` for each of `METHODS`.
     """
-    means = {}
-    for lr in RATES:
-        tried = dict.fromkeys(METHODS, lr)
-        settings = {"target": target, "rates": tried, "budgets": (10,), "score_on": "validation"}
-        results = run_seeds(partial(label_budget, **settings), seeds, workers=workers)
-        for name in METHODS:
-            means[name, lr] = results[f"{name}/10"].mean().round(9)
-    return {name: max(RATES, key=lambda lr: means[name, lr]) for name in METHODS}
+    settings = {"target": target, "budgets": (10,), "score_on": "validation"}
+    experiment = partial(label_budget, rates=dict.fromkeys(METHODS, RATES), **settings)
+    tried = {k: v.mean().round(9) for k, v in run_seeds(experiment, seeds, workers=workers).items()}
+    return {name: max(RATES, key=lambda lr: tried[f"{name}, {lr:g}/10"]) for name in METHODS}
 
 
 SHIFTS = ("none", "noisy", "turned 30°", "low contrast", "label shift", "concept shift")
@@ -255,7 +296,7 @@ def adaptation(seed, *, shift):
         source, held_out, pool, test = digits(rng, (400, 200, 600, 597))
         pool, test = (_shifted(rows, shift, rng) for rows in (pool, test))
         fresh = MLP(64, n_classes=10)
-        base = _source_model(fresh, *source)
+        base = source_model(fresh, *source)
         guess = [predict(base, X).argmax(-1) for X in (held_out[0], pool[0])]
         of_class = domain.label_ratio(guess[0], held_out[1], guess[1], n_classes=10)
         like_source = partial(domain.match_statistics, X_target=pool[0], X_source=source[0])
@@ -265,9 +306,9 @@ def adaptation(seed, *, shift):
         candidates = {  # a model, and what happens to target images before it reads them
             "source only": (base, as_is),
             "target statistics": (base, like_source),
-            "CORAL": (_source_model(fresh, *recoloured), as_is),
-            "importance weights": (_source_model(fresh, *source, weights=of_row), as_is),
-            "label weights": (_source_model(fresh, *source, weights=of_class[source[1]]), as_is),
+            "CORAL": (source_model(fresh, *recoloured), as_is),
+            "importance weights": (source_model(fresh, *source, weights=of_row), as_is),
+            "label weights": (source_model(fresh, *source, weights=of_class[source[1]]), as_is),
         }
         for weight in (0.3, 3.0):
             model = copy.deepcopy(base)
@@ -281,23 +322,15 @@ def adaptation(seed, *, shift):
         }
         logits = {name: predict(model, view(pool[0])) for name, (model, view) in candidates.items()}
         unseen = max(logits, key=lambda name: domain.information_maximization(logits[name]))
-        seen = max(logits, key=lambda name: score(logits[name], pool[1]).correct)
+        peeked = {name: score(logits[name], pool[1]) for name in logits}
+        seen = max(peeked, key=lambda name: peeked[name].correct)
         scores |= {"chosen without labels": scores[unseen], "chosen by the oracle": scores[seen]}
-        few = few_per_class(pool[1], 3, rng)
+        few = few_per_class(pool[1], 3, rng).flatten()
         for name, rows in {"3 labels per class": few, "all labels (oracle)": slice(None)}.items():
             model = copy.deepcopy(base)
-            _full(model, pool[0][rows], pool[1][rows], lr=1e-3)
+            full_fine_tuning(model, pool[0][rows], pool[1][rows], lr=1e-3)
             scores[name] = evaluate(model, *test)
-    return _percent(scores)
-
-
-def _source_model(fresh, X, y, *, weights=None):
-    """Train a copy of the fresh model on source digits; with `weights` some rows count more."""
-    model = copy.deepcopy(fresh)
-    loss = cross_entropy if weights is None else domain.weighted_cross_entropy(weights)
-    optimizer = Adam(model.parameters(), lr=1e-2, fused=True)
-    train(model, X, y, optimizer=optimizer, epochs=100, loss=loss)
-    return model
+    return _percent(scores, *peeked.values())
 
 
 def _shifted(rows, name, rng):
@@ -320,6 +353,7 @@ def _shifted(rows, name, rng):
     return shift_digits(X, kind, strength=strength, rng=rng), y
 
 
-def _percent(scores):
-    margin = min(s.margin for s in scores.values())
+def _percent(scores, *others):
+    """Return accuracies in percent, and the closest decision behind these and other scores."""
+    margin = min(s.margin for s in (*scores.values(), *others))
     return {name: 100 * s.accuracy for name, s in scores.items()} | {"margin": margin}

@@ -156,10 +156,13 @@ def plot_seeds(ax, results, *, marks=None):
         heights = row + 0.22 * np.random.default_rng(0).uniform(-1, 1, summary.n)
         dots = dict(s=12, alpha=0.35, color=COLOURS[0], edgecolor="none")
         ax.scatter(results[name], heights, label="one seed" if row == 0 else None, **dots)
-        _errorbar(ax, summary, row, "x", label="mean, 95 % interval" if row == 0 else None)
+        arms = [[summary.mean - summary.low], [summary.high - summary.mean]]
+        bar = dict(xerr=arms, color="black", linewidth=2, marker="|", markersize=12, zorder=3)
+        label = "mean, 95 % interval" if row == 0 else None
+        ax.errorbar(summary.mean, row, label=label, **bar)
         if name in (marks or {}):
             star = dict(marker="*", s=130, color=COLOURS[1], edgecolor="white", zorder=4)
-            ax.scatter(marks[name], row, label="published" if row == 0 else None, **star)
+            ax.scatter(marks[name], row - 0.34, label="published" if row == 0 else None, **star)
     ax.set(yticks=range(len(results)), yticklabels=results, ylim=(len(results) - 0.5, -0.5))
     ax.set_xlabel("accuracy (%)")
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
@@ -191,19 +194,15 @@ def plot_tradeoff(ax, points):
     ----------
     ax : Axes
     points : dict of str to list of tuple of (Summary, Summary)
-        For each method its settings, each with what goes on the x and on the y axis.
+        For each method its settings, each with what goes on the x and on the y axis; the first
+        one's marker is hollow.
     """
     for (name, pairs), colour, marker in zip(points.items(), COLOURS, MARKERS, strict=False):
         style = dict(color=colour, marker=marker, markersize=6, linewidth=1)
         ax.plot([x.mean for x, _ in pairs], [y.mean for _, y in pairs], label=name, **style)
+        ax.plot(
+            pairs[0][0].mean, pairs[0][1].mean, **style | {"markerfacecolor": "white"}, zorder=4
+        )
         for x, y in pairs:
-            _errorbar(ax, x, y.mean, "x", color=colour, linewidth=1)
-            _errorbar(ax, y, x.mean, "y", color=colour, linewidth=1)
-
-
-def _errorbar(ax, summary, at, direction, **style):
-    style = dict(color="black", linewidth=2, zorder=3) | style
-    arms = [[summary.mean - summary.low], [summary.high - summary.mean]]
-    place = (summary.mean, at) if direction == "x" else (at, summary.mean)
-    marker = "" if style["color"] != "black" else "|"
-    ax.errorbar(*place, **{f"{direction}err": arms}, marker=marker, markersize=12, **style)
+            xerr, yerr = ([[v.mean - v.low], [v.high - v.mean]] for v in (x, y))
+            ax.errorbar(x.mean, y.mean, yerr, xerr, color=colour, linewidth=1)

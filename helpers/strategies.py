@@ -188,7 +188,7 @@ def gradual_unfreezing(model, X, y, *, epochs=100, lr=1e-3):
         train(model, X, y, optimizer=optimizer, epochs=max(epochs // len(parts), 1))
 
 
-def l2_sp(model, *, alpha):
+def l2_sp(model, *, alpha, fresh="head"):
     """Return the loss cross-entropy + alpha / 2 * ||w - w0||^2, w0 being the weights now.
 
     Parameters
@@ -197,6 +197,8 @@ def l2_sp(model, *, alpha):
         Its trainable parameters are pulled to where they start (SP: starting point).
     alpha : float
         Strength of the pull.
+    fresh : str, default="head"
+        Prefix of the new parameters, which have no pre-trained start and are not pulled.
 
     Returns
     -------
@@ -207,7 +209,10 @@ def l2_sp(model, *, alpha):
     ----------
     Li, Grandvalet & Davoine (2018), section 3.2, arXiv:1802.01483.
     """
-    start = {k: p.detach().clone() for k, p in model.named_parameters() if p.requires_grad}
+    trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    start = {
+        k: p.detach().clone() for k, p in trained.items() if not f"{k}.".startswith(f"{fresh}.")
+    }
 
     def _loss(model, x, y):
         moved = (p - start[k] for k, p in model.named_parameters() if k in start)

@@ -8,12 +8,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from joblib import Parallel, cpu_count, delayed
+from joblib.externals.loky.process_executor import TerminatedWorkerError
+from joblib.parallel import get_active_backend
 from scipy import stats
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 RESAMPLES = 10_000  # of each bootstrap and sign-flip test
-DRIFT = 1e-10  # logits of two processors differ by less in these studies: 2e-11 was measured
+DRIFT = 1e-9  # logits of two processors differ by less in these studies: 6e-10 was measured
 
 
 @contextmanager
@@ -46,13 +48,15 @@ def run_seeds(experiment, seeds, *, workers=None):
     seeds : sequence of int
     workers : int, optional
         Processes, never more than cores; 1 stays in this one. None is one for each core, or all
-        that the backend of an enclosing `joblib.parallel_config` has. Results do not depend on it.
+        that the backend of an enclosing `joblib.parallel_config` has. Results do not depend on it:
+        where workers would share torch's dtype and random stream (threads, or a run inside a
+        run), there is one.
 
     Returns
     -------
     dict of str to array of shape (n,)
-        One value for each seed, in the order of `seeds`. A seed that failed is left out of every
-        array, so that pairs stay pairs, and is told in a warning.
+        One value for each seed, in the order of `seeds`. A seed that failed, or was lost when a
+        worker died, is left out of every array, so that pairs stay pairs, and told in a warning.
 
     Raises
     ------
@@ -66,11 +70,19 @@ def run_seeds(experiment, seeds, *, workers=None):
         raise ValueError(f"seeds must be distinct and at least one: {seeds[:10]}")
     if workers is not None and not 1 <= workers <= cpu_count():
         raise ValueError(f"workers = {workers} must be from 1 to the {cpu_count()} cores there are")
-    parallel = Parallel(n_jobs=workers or -1, return_as="generator")
+    backend, _ = get_active_backend()
+    n_jobs = 1 if getattr(backend, "supports_sharedmem", False) else workers or -1
+    streams = n_jobs == 1 or getattr(backend, "supports_return_generator", False)
+    parallel = Parallel(n_jobs=n_jobs, return_as="generator" if streams else "list")
     runs = parallel(delayed(_run)(experiment, seed) for seed in seeds)
     bar = tqdm(runs, total=len(seeds), unit="seed", leave=False, disable=not _watched())
-    rows, failures = [], []
-    for seed, (row, failure) in zip(seeds, bar, strict=True):
+    done, rows, failures = [], [], []
+    try:
+        for run in bar:
+            done.append(run)
+    except TerminatedWorkerError:
+        done += [(None, "lost, a worker process died")] * (len(seeds) - len(done))
+    for seed, (row, failure) in zip(seeds, done, strict=True):
         if failure is None and rows and row.keys() != rows[0].keys():
             failure = f"returned {sorted(row)}, the other seeds {sorted(rows[0])}"
         if failure is None:
@@ -110,8 +122,8 @@ def summarize(results):
     """Return mean, standard deviation, 95 % interval and n of each array in `results`.
 
     The interval is the bootstrap's expanded percentile interval, from 10,000 resamples: the plain
-    one is too narrow by sqrt((n - 1) / n) and by normal instead of t quantiles, and covers 88 %
-    at n = 10.
+    one is too narrow by sqrt((n - 1) / n) and by normal instead of t quantiles. Below 10 seeds it
+    is Student's t interval.
 
     Parameters
     ----------
@@ -134,7 +146,7 @@ def summarize(results):
     summaries = {}
     for name, values in results.items():
         low, high = _interval(values)
-        mean, sd = float(np.mean(values)), float(np.std(values, ddof=1))
+        mean, sd = _even(np.mean(values)), _even(np.std(values, ddof=1))
         summaries[name] = Summary(mean, sd, low, high, len(values))
     return summaries
 
@@ -153,7 +165,7 @@ def close_calls(margins):
         Counts the margins below 100 x the measured drift between processors.
     """
     near = int((np.asarray(margins) < 100 * DRIFT).sum())
-    return f"Decisions closer than {100 * DRIFT:.0e} logits: in {near} of {len(margins)} seeds"
+    return f"Seeds with a decision closer than {100 * DRIFT:.0e} logits: {near} of {len(margins)}"
 
 
 class Comparison(NamedTuple):
@@ -168,7 +180,7 @@ class Comparison(NamedTuple):
     wins : float
         P(a > b), a tie counts half.
     detectable : float
-        The difference that n seeds of this spread find with 80 % power at the 5 % level.
+        The difference that one comparison of n seeds of this spread finds with 80 % power.
     n : int
         Seeds.
     """
@@ -185,14 +197,14 @@ class Comparison(NamedTuple):
     def verdict(self):
         """Return the difference in words.
 
-        "better" or "worse" needs an interval without 0, p < 0.05, and a win on 75 % of the
-        seeds (Bouthillier et al. 2021, section 4, arXiv:2103.03098); without the last it is so
-        "on average" only.
+        "better" or "worse" needs an interval without 0, p < 0.05, and P(a > b), or its
+        complement, of 0.75 (after Bouthillier et al. 2021, section 4, arXiv:2103.03098); without
+        the last it is so "on average" only.
         """
         if not self.sign:
             return f"no significant difference at {self.n} seeds"
         word, wins = ("better", self.wins) if self.sign == "▲" else ("worse", 1 - self.wins)
-        return word if wins >= 0.75 else f"{word} on average, on {wins:.0%} of the seeds"
+        return word if wins >= 0.75 else f"{word} on average, P = {_even(wins):.2f}"
 
     @property
     def sign(self):
@@ -205,7 +217,7 @@ class Comparison(NamedTuple):
     def numbers(self):
         """Return the difference with its interval, as ``+2.8 [+0.7, +5.1]``."""
         rounded = map(_even, (self.difference, self.low, self.high))
-        return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*rounded)
+        return "{:+z.1f} [{:+z.1f}, {:+z.1f}]".format(*rounded)
 
     def __str__(self):
         return f"{self.numbers:>20s}  {self.verdict}"
@@ -241,10 +253,9 @@ def compare(a, b):
         n_resamples=RESAMPLES - 1,
         rng=np.random.default_rng(0),
     ).pvalue
-    power = stats.norm.ppf(0.975) + stats.norm.ppf(0.8)
-    detectable = float(power * np.std(d, ddof=1) / np.sqrt(len(d)))
+    detectable = stats.t.ppf([0.975, 0.8], len(d) - 1).sum() * stats.sem(d)
     wins = float(np.mean(d > 0) + np.mean(d == 0) / 2)
-    return Comparison(float(d.mean()), low, high, float(p), wins, detectable, len(d))
+    return Comparison(_even(d.mean()), low, high, float(p), wins, float(detectable), len(d))
 
 
 def compare_pairs(results, pairs):
@@ -266,7 +277,7 @@ def compare_pairs(results, pairs):
     """
     plain = {(a, b): compare(results[a], results[b]) for a, b in pairs}
     by_p = sorted(plain, key=lambda pair: plain[pair].p)
-    scaled = [plain[pair].p * (len(pairs) - i) for i, pair in enumerate(by_p)]
+    scaled = [plain[pair].p * (len(plain) - i) for i, pair in enumerate(by_p)]
     adjusted = dict(zip(by_p, np.minimum(np.maximum.accumulate(scaled), 1), strict=True))
     return {pair: c._replace(p=float(adjusted[pair])) for pair, c in plain.items()}
 
@@ -275,6 +286,9 @@ def _interval(values):
     n = len(values)
     if n < 2:
         raise ValueError(f"an interval needs at least 2 seeds, there is {n}")
+    if n < 10:  # too few values to resample
+        low, high = stats.t.interval(0.95, n - 1, np.mean(values), stats.sem(values) or 1e-300)
+        return _even(low), _even(high)
     tail = stats.norm.cdf(stats.t.ppf(0.025, n - 1) * np.sqrt(n / (n - 1)))
     interval = stats.bootstrap(
         (values,),
@@ -284,7 +298,7 @@ def _interval(values):
         n_resamples=RESAMPLES,
         rng=np.random.default_rng(0),
     ).confidence_interval
-    return float(interval.low), float(interval.high)
+    return _even(interval.low), _even(interval.high)
 
 
 def _run(experiment, seed):
@@ -294,7 +308,7 @@ def _run(experiment, seed):
     try:
         with threadpool_limits(1):
             row = {name: float(value) for name, value in experiment(seed).items()}
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return None, f"{type(error).__name__}: {error}"
     finally:
         torch.set_num_threads(threads)
@@ -313,5 +327,5 @@ def _watched():
 
 
 def _even(x):
-    """Round away the last bits, so that a tie between two printed digits falls the same way."""
-    return round(x, 9)
+    """Round away the last bits, so that a sign or a tie between two digits falls the same way."""
+    return round(float(x), 9) + 0.0
