@@ -115,7 +115,9 @@ def source_model(start, X, y, *, weights=None):
     return model
 
 
-RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # validation rows decide which one a method gets
+# Validation rows decide which of these a method gets. At 0.1 training is so unstable that rounding
+# grows until processors disagree on accuracies.
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 TARGETS = {  # what the target images went through: kind and strength of `shift_digits`
     "noisy": ("noise", 0.3),
     "inverted": ("inversion", 0.0),
