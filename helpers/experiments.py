@@ -1,7 +1,6 @@
 """Part 1's measured experiments: each is a plain function of its seed."""
 
 import copy
-from collections import defaultdict
 from functools import partial
 
 import numpy as np
@@ -46,8 +45,16 @@ def published_protocol(seed, *, labels=20, shift_scale=1.5, **settings):
     dict of str to float
         Accuracies in percent, the published ones and then their corrected versions; and "margin",
         that of the closest decision behind them.
+
+    Raises
+    ------
+    ValueError
+        If `settings` name another step.
     """
-    of = defaultdict(dict, settings)
+    of = {step: {} for step in ("data", "base", "features", "tuning", "adaptation")}
+    if unknown := settings.keys() - of.keys():
+        raise ValueError(f"unknown step {sorted(unknown)}: settings are for {list(of)}")
+    of |= settings
 
     def _drawn(function, *args, **options):  # pairs: all start from the same random weights
         with reproducible(seed):

@@ -96,6 +96,12 @@ def test_rates_are_chosen_on_validation_images_alone(monkeypatch):
     assert choose_rates("noisy", range(3), workers=1) == dict(zip(METHODS, RATES, strict=False))
 
 
+def test_settings_of_an_unknown_step_are_refused():
+    with pytest.raises(ValueError, match=r"unknown step \['tunning'\]: settings are for \['data'"):
+        published_protocol(0, tunning={"epochs": 3})
+    assert published_protocol(0, tuning={"epochs": 3}) != published_protocol(0)
+
+
 def test_validation_and_test_images_differ():
     assert BUDGET(0, score_on="validation") != BUDGET(0)
     with pytest.raises(KeyError):
