@@ -60,7 +60,7 @@ class Attention(nn.Module):
         super().__init__()
         if d % n_heads:
             raise ValueError(f"d={d} is not a multiple of n_heads={n_heads}")
-        self.n_heads = n_heads
+        self.n_heads, self.d_head = n_heads, d // n_heads
         self.q_proj = nn.Linear(d, d)
         self.k_proj = nn.Linear(d, d)
         self.v_proj = nn.Linear(d, d)
@@ -77,14 +77,31 @@ class Attention(nn.Module):
         return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, T, d)
 
 
+class FeedForward(nn.Module):
+    """fc2(gelu(fc1(x))).
+
+    Parameters
+    ----------
+    d, d_ff : int
+        Width of the model and of the hidden layer.
+    """
+
+    def __init__(self, d, d_ff):
+        super().__init__()
+        self.fc1 = nn.Linear(d, d_ff)
+        self.fc2 = nn.Linear(d_ff, d)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))  # (B, T, d) -> (B, T, d_ff) -> (B, T, d)
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)) (pre-norm).
 
     Parameters
     ----------
-    d, n_heads : int
-    d_ff : int
-        Width of the feed-forward layer ``fc2(gelu(fc1(x)))``.
+    d, n_heads, d_ff : int
+        As in `Attention` and `FeedForward`.
     """
 
     def __init__(self, d, n_heads, d_ff):
@@ -92,12 +109,30 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(d)
         self.attention = Attention(d, n_heads)
         self.norm2 = nn.LayerNorm(d)
-        self.fc1 = nn.Linear(d, d_ff)
-        self.fc2 = nn.Linear(d_ff, d)
+        self.feed_forward = FeedForward(d, d_ff)
 
-    def forward(self, x, prefix=None):
-        x = x + self.attention(self.norm1(x), prefix)
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+    def forward(self, x):
+        x = x + self.attention(self.norm1(x))
+        return x + self.feed_forward(self.norm2(x))
+
+
+class PatchEmbedding(nn.Module):
+    """project(patch) + position, for each of the patches that a row of numbers is cut into.
+
+    Parameters
+    ----------
+    n_tokens, patch, d : int
+        Patches of a row, numbers in a patch, width of the model.
+    """
+
+    def __init__(self, n_tokens, patch, d):
+        super().__init__()
+        self.patch = patch
+        self.project = nn.Linear(patch, d)
+        self.position = nn.Parameter(torch.empty(n_tokens, d).normal_(std=0.02))
+
+    def forward(self, x):
+        return self.project(x.unflatten(-1, (-1, self.patch))) + self.position  # (B, n_tokens, d)
 
 
 class TinyTransformer(nn.Module):
@@ -105,7 +140,8 @@ class TinyTransformer(nn.Module):
 
     ``x`` of shape (B, n_tokens * patch) is cut into `n_tokens` patches; an 8 x 8 digit of 64
     pixels becomes 8 tokens, one for each image row. Each patch is embedded linearly, a learned
-    position is added, the blocks follow, and the mean over tokens goes to the head.
+    position is added, the blocks follow, and the mean over these tokens goes to the head. Tokens
+    that a prompt puts before them are attended to, and have no part in the mean.
 
     Parameters
     ----------
@@ -122,32 +158,17 @@ class TinyTransformer(nn.Module):
         self, n_tokens=8, patch=8, *, d=32, n_heads=4, n_layers=2, d_ff=None, n_classes=10
     ):
         super().__init__()
-        self.patch = patch
-        self.embed = nn.Linear(patch, d)
-        self.position = nn.Embedding(n_tokens, d)
-        nn.init.normal_(self.position.weight, std=0.02)
+        self.n_tokens = n_tokens
+        self.embed = PatchEmbedding(n_tokens, patch, d)
         self.blocks = nn.ModuleList(Block(d, n_heads, d_ff or 2 * d) for _ in range(n_layers))
         self.norm = nn.LayerNorm(d)
         self.head = nn.Linear(d, n_classes)
 
-    def tokens(self, x):
-        """Embed the patches of x and add their positions.
-
-        Parameters
-        ----------
-        x : Tensor of shape (B, n_tokens * patch)
-
-        Returns
-        -------
-        Tensor of shape (B, n_tokens, d)
-        """
-        return self.embed(x.unflatten(-1, (-1, self.patch))) + self.position.weight
-
     def forward(self, x):
-        h = self.tokens(x)
+        h = self.embed(x)  # (B, n_tokens, d), more tokens with a prompt
         for block in self.blocks:
-            h = block(h)  # (B, n_tokens, d)
-        return self.head(self.norm(h).mean(1))  # (B, d) -> (B, n_classes)
+            h = block(h)
+        return self.head(self.norm(h)[:, -self.n_tokens :].mean(1))  # (B, d) -> (B, n_classes)
 
 
 def stages(model):

@@ -10,7 +10,7 @@ from helpers.study import reproducible
 SMALL = {"d": 4, "n_heads": 2, "n_layers": 1, "d_ff": 5, "n_classes": 2}
 STAGES = {
     MLP: ["backbone.0", "backbone.2", "backbone.4", "head"],
-    TinyTransformer: ["embed", "position", "blocks.0", "blocks.1", "norm", "head"],
+    TinyTransformer: ["embed", "blocks.0", "blocks.1", "norm", "head"],
 }
 
 
@@ -83,7 +83,7 @@ def test_a_replaced_projection_is_called(name):
     model, x = TinyTransformer(), torch.rand(3, 64)
     before = model(x)
     for block in model.blocks:
-        owner = block if name.startswith("fc") else block.attention
+        owner = block.feed_forward if name.startswith("fc") else block.attention
         layer = getattr(owner, name)
         setattr(owner, name, nn.Sequential(layer, nn.Hardtanh(-0.1, 0.1)))
         assert (model(x) - before).abs().max() > 1e-6
@@ -94,5 +94,5 @@ def test_each_row_of_a_digit_becomes_one_token():
     model, x = TinyTransformer(), torch.rand(1, 64)
     changed = x.clone()
     changed[0, 24:32] = 0
-    moved = (model.tokens(changed) - model.tokens(x)).abs().amax((0, 2)) > 0
+    moved = (model.embed(changed) - model.embed(x)).abs().amax((0, 2)) > 0
     assert moved.nonzero().flatten().tolist() == [3]
