@@ -113,7 +113,6 @@ class LoRA(Adapter):
         self.lora_B = nn.Parameter(B)  # (out, r)
 
     def adapted(self, x):
-        """Return W x + b + s B A x."""
         y = add_low_rank(self.base(x), self.dropout(x), self.lora_A, self.lora_B, self.scaling)
         if self.settings["init"] == "pissa":
             y = add_low_rank(y, x, self.start_A, self.start_B, -self.scaling)
@@ -153,7 +152,8 @@ class DoRA(LoRA):
     Liu et al. (2024), section 4, arXiv:2402.09353.
     """
 
-    def __init__(self, base, r, lora_alpha, **options):
+    def __init__(self, base, r, lora_alpha, *, rslora=False, dropout=0.0, generator=None):
+        options = dict(rslora=rslora, dropout=dropout, generator=generator)
         super().__init__(base, r, lora_alpha, **options)
         self.magnitude = nn.Parameter(self.row_norms())  # (out,)
 
@@ -163,7 +163,6 @@ class DoRA(LoRA):
         return torch.linalg.norm(LoRA.merged_weight(self), dim=1)
 
     def adapted(self, x):
-        """Return m / ||W + s B A|| * (W + s B A) x + b."""
         y = super().adapted(x)  # (W + s B A) x + b
         grow = self.magnitude / self.row_norms() - 1  # (out,), exactly 0 at the start
         bias = self.base.bias
@@ -221,7 +220,6 @@ class VeRA(Adapter):
         return self.lambda_d[:, None] * A, self.lambda_b[:, None] * B
 
     def adapted(self, x):
-        """Return W x + b + v * (B (u * (A x)))."""
         return add_low_rank(self.base(x), x, *self.low_rank(), 1.0)
 
     def delta_weight(self):
@@ -254,7 +252,6 @@ class IA3(Adapter):
         self.ia3_l = nn.Parameter(base.weight.new_ones(sizes(base)[0 if feedforward else 1]))
 
     def adapted(self, x):
-        """Return l * (W x + b) or W (l * x) + b."""
         if self.settings["feedforward"]:
             return self.base(self.ia3_l * x)
         return self.ia3_l * self.base(x)
@@ -307,7 +304,6 @@ class OFT(Adapter):
         return torch.linalg.solve(eye - Q, eye + Q)  # the two factors commute
 
     def adapted(self, x):
-        """Return W R x + b."""
         blocks = x.unflatten(-1, (-1, self.settings["block_size"]))  # (..., n, b)
         return self.base(torch.einsum("nij,...nj->...ni", self.rotations(), blocks).flatten(-2))
 
@@ -345,7 +341,6 @@ class Tuned(Adapter):
         return {name: getattr(self, f"tuned_{name}") for name in self.settings["names"]}
 
     def adapted(self, *args, **kwargs):
-        """Return base(x) with the copies in the place of the originals."""
         return torch.func.functional_call(self.base, self.tuned(), args, kwargs)
 
     def merged(self):
@@ -396,7 +391,6 @@ class BottleneckAdapter(Adapter):
         self.up_bias = nn.Parameter(like.new_zeros(d_out))
 
     def adapted(self, x, *args, **kwargs):
-        """Return f(x) + U relu(D f(x)) or f(x) + s U relu(D x)."""
         y = self.base(x, *args, **kwargs)
         if not isinstance(y, torch.Tensor):
             kind = type(self.base).__name__
@@ -438,7 +432,6 @@ class PromptTuning(Adapter):
         self.prompt = nn.Parameter(normal((num_virtual_tokens, d), std, like, generator))
 
     def adapted(self, *args, **kwargs):
-        """Return the trained vectors, then the embedded sequence."""
         tokens = self.base(*args, **kwargs)  # (B, T, d)
         return torch.cat([self.prompt.expand(len(tokens), -1, -1), tokens], 1)
 
@@ -479,7 +472,6 @@ class PrefixTuning(Adapter):
         self.prefix = nn.Parameter(normal(shape, std, next(base.parameters()), generator))
 
     def adapted(self, x, *args, **kwargs):
-        """Return the attention over the prefix and x."""
         k, v = self.prefix[:, None].expand(-1, len(x), -1, -1, -1)  # each (B, H, P, d_head)
         return self.base(x, *args, prefix=(k, v), **kwargs)
 
@@ -524,7 +516,6 @@ class AddLowRank(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        """Return the gradients with respect to y, x, A and B."""
         x, h, A, B = ctx.saved_tensors
         rows = g.reshape(-1, g.shape[-1])  # (N, out)
         of_h = ctx.scaling * (B.T @ rows.T)  # (r, N)

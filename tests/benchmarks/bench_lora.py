@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -126,10 +127,11 @@ def main():
         inject_lora(merged, ALL)
         merge(merged)
         with torch.no_grad():
-            times = interleaved({"merged": lambda: merged(x), "base": lambda: base(x)})
+            forward = {"merged": partial(merged, x), "base": partial(base, x)}
+            times = interleaved(forward)
         print(f"d={d}: forward, merged / base {ratio(times, 'merged', 'base')}")
-    base = encoder(768, 12)
-    copies = {how: iter([copy.deepcopy(base) for _ in range(6)]) for how in ("ours", "peft")}
+    fresh = encoder(768, 12)
+    copies = {how: iter([copy.deepcopy(fresh) for _ in range(6)]) for how in ("ours", "peft")}
     times = interleaved(
         {how: lambda how=how: adapt(next(copies[how]), how, ALL) for how in copies}, 5
     )
