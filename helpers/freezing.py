@@ -99,44 +99,52 @@ def count_parameters(model):
 
 
 def param_groups(model, rates):
-    """Put each trainable parameter into the group of the longest prefix that fits its name.
+    """Put each trainable parameter into the group of the prefix or ending that fits its name.
 
     ``AdamW(param_groups(model, {"head": 1e-3, "": 1e-4}))`` trains the head at 1e-3 and all
-    the rest at 1e-4 (discriminative learning rates).
+    the rest at 1e-4 (discriminative learning rates); ``{"": 1e-4, ".lora_B": 16e-4}`` trains
+    LoRA's B sixteen times as fast as its A (LoRA+).
 
     Parameters
     ----------
     model : nn.Module
     rates : dict of str to float
         Dotted prefix of parameter names to learning rate. Prefixes end where a name has a dot:
-        "backbone.1" fits "backbone.1.weight", not "backbone.10.weight"; "" fits all names.
+        "backbone.1" fits "backbone.1.weight", not "backbone.10.weight"; "" fits all names. A key
+        that starts with a dot is the end of names. An ending wins over a prefix, and of two of a
+        kind the longer one.
 
     Returns
     -------
     list of dict
-        One optimizer group for each prefix: its "params" and its "lr".
+        One optimizer group for each key of `rates`: its "params" and its "lr".
 
     Raises
     ------
     ValueError
-        If a prefix is given a rate and gets no parameter, or a trainable parameter gets no rate.
+        If a key is given a rate and gets no parameter, or a trainable parameter gets no rate.
 
     References
     ----------
-    Howard & Ruder (2018), section 3.2, arXiv:1801.06146.
+    Howard & Ruder (2018), section 3.2, arXiv:1801.06146; Hayou et al. (2024), section 4 (LoRA+),
+    arXiv:2402.12354.
     """
-    groups = {prefix: [] for prefix in rates}
+    groups = {key: [] for key in rates}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        fitting = [prefix for prefix in rates if f"{name}.".startswith(prefix and f"{prefix}.")]
+        fitting = [
+            (key.startswith("."), len(key), key)
+            for key in rates
+            if (name.endswith(key) if key[:1] == "." else f"{name}.".startswith(key and f"{key}."))
+        ]
         if not fitting:
             raise ValueError(f"no learning rate for {name!r}: {list(rates)} do not fit its name")
-        groups[max(fitting, key=len)].append(p)
-    if unused := [prefix for prefix, params in groups.items() if not params]:
+        groups[max(fitting)[-1]].append(p)
+    if unused := [key for key, params in groups.items() if not params]:
         trainable = [name for name, p in model.named_parameters() if p.requires_grad]
         raise ValueError(f"the rates for {unused} cover nothing; trainable are {trainable}")
-    return [{"params": params, "lr": rates[prefix]} for prefix, params in groups.items()]
+    return [{"params": params, "lr": rates[key]} for key, params in groups.items()]
 
 
 def check_optimizer(model, optimizer):

@@ -99,8 +99,8 @@ def inject_vera(model, targets, *, r=256, d_initial=0.1, generator=None):
     widths = [sizes(base) for base in found.values()]
     like = next(iter(found.values())).weight
     d_in, d_out = (max(side) for side in zip(*widths, strict=True))
-    A = layers.uniform((r, d_in), d_in**-0.5, like=like, generator=generator)
-    B = layers.uniform((d_out, r), r**-0.5, like=like, generator=generator)
+    A = layers.uniform((r, d_in), (6 / d_in) ** 0.5, like=like, generator=generator)  # He et al.'s
+    B = layers.uniform((d_out, r), (6 / r) ** 0.5, like=like, generator=generator)
     shared = layers.Projection(A, B)
     return _inject(model, found, lambda base: layers.VeRA(base, shared, d_initial=d_initial))
 
@@ -222,7 +222,7 @@ def inject_prefix(model, targets, *, num_virtual_tokens=8, std=0.02, generator=N
 
 
 def inject_bitfit(model, targets=None):
-    """Train a copy of each module's ``bias`` (BitFit).
+    """Train each module's ``bias`` (BitFit).
 
     Parameters
     ----------
@@ -241,7 +241,7 @@ def inject_bitfit(model, targets=None):
 
 
 def inject_layer_norm(model, targets=None):
-    """Train a copy of each layer norm's ``weight`` and ``bias`` (LayerNorm tuning).
+    """Train each layer norm's ``weight`` and ``bias`` (LayerNorm tuning).
 
     Parameters
     ----------

@@ -314,16 +314,16 @@ class OFT(Adapter):
 
 
 class Tuned(Adapter):
-    """y = base(x), computed with a trained copy of some of the base's own parameters.
+    """y = base(x), computed with a trained version of some of the base's own parameters.
 
-    BitFit trains the copy of ``bias``, LayerNorm tuning that of ``weight`` and ``bias``. The
-    originals stay, so that disabling restores them; they add to the model's total count.
+    BitFit trains ``bias``, LayerNorm tuning ``weight`` and ``bias``. The originals stay with the
+    base as buffers, so that disabling restores them and the count of parameters does not change.
 
     Parameters
     ----------
     base : nn.Module
     names : sequence of str
-        Of the parameters to train.
+        Of the parameters to train, in the order in which the base holds them.
 
     References
     ----------
@@ -334,19 +334,24 @@ class Tuned(Adapter):
     def __init__(self, base, names):
         super().__init__(base, names=list(names))
         for name in names:
-            self.register_parameter(f"tuned_{name}", nn.Parameter(getattr(base, name).clone()))
+            original = getattr(base, name).detach()
+            self.register_parameter(f"tuned_{name}", nn.Parameter(original.clone()))
+            delattr(base, name)
+            base.register_buffer(name, original)
 
     def tuned(self):
-        """Return the trained copies, by the names of their originals."""
+        """Return the trained parameters, by the names of their originals."""
         return {name: getattr(self, f"tuned_{name}") for name in self.settings["names"]}
 
     def adapted(self, *args, **kwargs):
         return torch.func.functional_call(self.base, self.tuned(), args, kwargs)
 
     def merged(self):
-        """Return the base with the copies in the place of the originals."""
+        """Return the base with the trained parameters in the place of the originals."""
         for name, p in self.tuned().items():
-            setattr(self.base, name, nn.Parameter(p.detach().clone(), requires_grad=False))
+            delattr(self.base, name)
+            trained = nn.Parameter(p.detach().clone(), requires_grad=False)
+            self.base.register_parameter(name, trained)
         return self.base
 
 

@@ -24,7 +24,7 @@ EXTRAS = PROJECT["optional-dependencies"].values()
 WANTED = sorted({*PROJECT["dependencies"], *(line for extra in EXTRAS for line in extra)})
 # each module imports from ranks before its own only, so there is no cycle; nobody imports execute
 ORDER = """data models > freezing > training layers quantize > strategies domain study inject
-> experiments checkpoint > plotting > execute"""
+> experiments checkpoint > techniques > plotting > execute"""
 RANKS = [set(rank.split()) for rank in ORDER.split(">")]
 
 
