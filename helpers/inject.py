@@ -50,7 +50,7 @@ def inject_lora(
         adapted, or would be bypassed.
     """
     options = dict(rslora=rslora, dropout=dropout, init=init, generator=generator)
-    return _inject(
+    return replace(
         model, find(model, targets), lambda base: layers.LoRA(base, r, lora_alpha, **options)
     )
 
@@ -70,7 +70,7 @@ def inject_dora(model, targets, *, r=8, lora_alpha=16, rslora=False, dropout=0.0
     list of str
     """
     options = dict(rslora=rslora, dropout=dropout, generator=generator)
-    return _inject(
+    return replace(
         model, find(model, targets), lambda base: layers.DoRA(base, r, lora_alpha, **options)
     )
 
@@ -102,7 +102,7 @@ def inject_vera(model, targets, *, r=256, d_initial=0.1, generator=None):
     A = layers.uniform((r, d_in), (6 / d_in) ** 0.5, like=like, generator=generator)  # He et al.'s
     B = layers.uniform((d_out, r), (6 / r) ** 0.5, like=like, generator=generator)
     shared = layers.Projection(A, B)
-    return _inject(model, found, lambda base: layers.VeRA(base, shared, d_initial=d_initial))
+    return replace(model, found, lambda base: layers.VeRA(base, shared, d_initial=d_initial))
 
 
 def inject_ia3(model, targets, *, feedforward=()):
@@ -113,7 +113,8 @@ def inject_ia3(model, targets, *, feedforward=()):
     model : nn.Module
         Changed in place.
     targets : sequence of str
-        Layers whose outputs are rescaled: keys and values, in the paper.
+        Layers whose outputs are rescaled: keys and values, in the paper. May be empty where there
+        are `feedforward` layers.
     feedforward : sequence of str, default=()
         Layers whose inputs are rescaled: the second one of each feed-forward block.
 
@@ -122,11 +123,13 @@ def inject_ia3(model, targets, *, feedforward=()):
     list of str
         As in `inject_lora`, which also says what is refused.
     """
-    outputs, inputs = find(model, targets), find(model, feedforward) if feedforward else {}
+    outputs = find(model, targets) if targets or not feedforward else {}
+    inputs = find(model, feedforward) if feedforward else {}
     if both := outputs.keys() & inputs.keys():
         raise ValueError(f"{min(both)!r} is in targets and in feedforward: name it once")
     is_input = dict.fromkeys(outputs.values(), False) | dict.fromkeys(inputs.values(), True)
-    return _inject(model, outputs | inputs, lambda b: layers.IA3(b, feedforward=is_input[b]))
+    found = {name: m for name, m in model.named_modules() if m in is_input}
+    return replace(model, found, lambda b: layers.IA3(b, feedforward=is_input[b]))
 
 
 def inject_oft(model, targets, *, block_size=8):
@@ -143,7 +146,7 @@ def inject_oft(model, targets, *, block_size=8):
     -------
     list of str
     """
-    return _inject(model, find(model, targets), lambda base: layers.OFT(base, block_size))
+    return replace(model, find(model, targets), lambda base: layers.OFT(base, block_size))
 
 
 def inject_adapter(
@@ -166,7 +169,7 @@ def inject_adapter(
     list of str
     """
     options = dict(parallel=parallel, scale=scale, generator=generator)
-    return _inject(
+    return replace(
         model,
         find(model, targets),
         lambda base: layers.BottleneckAdapter(base, reduction_factor, **options),
@@ -191,7 +194,7 @@ def inject_prompt(model, targets, *, num_virtual_tokens=8, std=0.02, generator=N
     list of str
     """
     options = dict(std=std, generator=generator)
-    return _inject(
+    return replace(
         model,
         find(model, targets),
         lambda base: layers.PromptTuning(base, num_virtual_tokens, **options),
@@ -214,7 +217,7 @@ def inject_prefix(model, targets, *, num_virtual_tokens=8, std=0.02, generator=N
     list of str
     """
     options = dict(std=std, generator=generator)
-    return _inject(
+    return replace(
         model,
         find(model, targets),
         lambda base: layers.PrefixTuning(base, num_virtual_tokens, **options),
@@ -236,8 +239,9 @@ def inject_bitfit(model, targets=None):
     list of str
         As in `inject_lora`, which also says what is refused.
     """
-    found = find(model, targets) if targets else _own(model, lambda m: _has(m, "bias"))
-    return _inject(model, found, lambda base: _tuned(base, ["bias"]))
+    everywhere = targets is None
+    found = _own(model, lambda m: _has(m, "bias")) if everywhere else find(model, targets)
+    return replace(model, found, lambda base: _tuned(base, ["bias"]))
 
 
 def inject_layer_norm(model, targets=None):
@@ -257,9 +261,10 @@ def inject_layer_norm(model, targets=None):
         As in `inject_lora`, which also says what is refused.
     """
     norms = (nn.LayerNorm, nn.RMSNorm)
-    found = find(model, targets) if targets else _own(model, lambda m: isinstance(m, norms))
+    everywhere = targets is None
+    found = _own(model, lambda m: isinstance(m, norms)) if everywhere else find(model, targets)
     names = {base: [n for n in ("weight", "bias") if _has(base, n)] for base in found.values()}
-    return _inject(model, found, lambda base: _tuned(base, names[base]))
+    return replace(model, found, lambda base: _tuned(base, names[base]))
 
 
 def adapters(model):
@@ -365,28 +370,54 @@ def find(model, targets):
     for target in targets:
         fits = [n for n in modules if n and f".{n}".endswith(f".{target}")]
         if not fits:
-            leaves = [
-                n for n, m in modules.items() if not any(m.children()) and any(m.parameters())
-            ]
+            leaves = [n for n, m in modules.items() if not [*m.children()] and [*m.parameters()]]
             known = list(dict.fromkeys(n.rpartition(".")[2] for n in leaves))
             raise ValueError(f"no layer is called {target!r}; among its layers are {known}")
         found.update(fits)
     return {name: module for name, module in modules.items() if name in found}
 
 
-def _inject(model, found, make):
-    """Replace each module found by make(module); on a refusal leave the model as it was."""
+def replace(model, found, make):
+    """Replace modules by what `make` makes of them; on a refusal leave the model as it was.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Changed in place.
+    found : dict of str to nn.Module
+        Exact names in `model`, as `find` returns them.
+    make : callable
+        ``make(base)`` returns the `Adapter` that owns `base`.
+
+    Returns
+    -------
+    list of str
+        The names.
+
+    Raises
+    ------
+    ValueError
+        If a layer has an adapter already, is not called by its parent, is held by several modules,
+        or `make` refuses it. The message names the layer.
+    """
     modules, places = dict(model.named_modules()), {}
     for name, module in model.named_modules(remove_duplicate=False):
         places.setdefault(id(module), {})[name] = modules.get(name.rpartition(".")[0])
     for name, base in found.items():
         _reachable(name, base, modules[name.rpartition(".")[0]], places[id(base)])
-    trained = [p for base in found.values() for p in base.parameters() if p.requires_grad]
+    for name in found:
+        if around := [outer for outer in found if name.startswith(f"{outer}.")]:
+            raise ValueError(f"{around[0]!r} contains {name!r}: adapt one of them")
+    owned = [(base, dict(base._parameters), dict(base._buffers)) for base in found.values()]
+    flags = [(p, p.requires_grad, p.grad) for base in found.values() for p in base.parameters()]
     try:
         made = {name: _naming(name, make, base) for name, base in found.items()}
-    except ValueError:
-        for p in trained:
-            p.requires_grad_(True)
+    except Exception:
+        for base, parameters, buffers in owned:
+            base._parameters.clear(), base._parameters.update(parameters)
+            base._buffers.clear(), base._buffers.update(buffers)
+        for p, trained, gradient in flags:
+            p.requires_grad_(trained).grad = gradient
         raise
     for name, adapter in made.items():
         _set(model, name, adapter)
@@ -404,7 +435,7 @@ def _reachable(name, base, parent, places):
             f"{name!r} would be bypassed: torch's {type(parent).__name__} reads its weight instead"
             " of calling it, so use a model that calls its layers"
         )
-    if len({id(owner) for owner in places.values() if owner is not None}) > 1:
+    if sum(owner is not None for owner in places.values()) > 1:
         raise ValueError(f"{list(places)} are one layer, and an adapter would reach one of them")
 
 

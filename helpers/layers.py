@@ -33,7 +33,9 @@ class Adapter(nn.Module):
 
     def __init__(self, base, **settings):
         super().__init__()
-        freeze(base)
+        inner = [m for m in base.modules() if isinstance(m, Adapter)]
+        trained = {p for m in inner for n, p in m.named_parameters() if not n.startswith("base.")}
+        freeze(*(p for p in base.parameters() if p not in trained))
         self.base = base
         self.settings = settings
         self.enabled = True
@@ -99,11 +101,12 @@ class LoRA(Adapter):
         settings = dict(r=r, lora_alpha=lora_alpha, rslora=rslora, dropout=dropout, init=init)
         super().__init__(base, **settings)
         self.scaling = lora_alpha / (math.sqrt(r) if rslora else r)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout).train(base.training)
         if init == "pissa":
-            U, S, Vh = torch.linalg.svd(matrix(base), full_matrices=False)
+            U, S, Vh = torch.linalg.svd(wide(matrix(base)), full_matrices=False)
             root = (S[:r] / self.scaling).sqrt()
-            A, B = root[:, None] * Vh[:r], U[:, :r] * root
+            A, B = root[:, None] * Vh[:r], (U[:, :r] * root).contiguous()
+            A, B = A.to(base.weight.dtype), B.to(base.weight.dtype)
             self.register_buffer("start_A", A.clone())
             self.register_buffer("start_B", B.clone())
         else:
@@ -113,10 +116,13 @@ class LoRA(Adapter):
         self.lora_B = nn.Parameter(B)  # (out, r)
 
     def adapted(self, x):
-        y = add_low_rank(self.base(x), self.dropout(x), self.lora_A, self.lora_B, self.scaling)
+        rows = x.reshape(-1, x.shape[-1])  # (N, in): a base returns views of more axes, and
+        y = self.base(rows)  # autograd copies a view before it is changed in place
+        dropped = self.dropout(x).reshape(rows.shape)
+        y = add_low_rank(y, dropped, self.lora_A, self.lora_B, self.scaling)
         if self.settings["init"] == "pissa":
-            y = add_low_rank(y, x, self.start_A, self.start_B, -self.scaling)
-        return y
+            y = add_low_rank(y, rows, self.start_A, self.start_B, -self.scaling)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def delta_weight(self):
         """Return s B A of shape (out, in), for PiSSA s (B A - B0 A0)."""
@@ -160,7 +166,8 @@ class DoRA(LoRA):
     @torch.no_grad()
     def row_norms(self):
         """Return ||W + s B A|| of each row, shape (out,), as a constant."""
-        return torch.linalg.norm(LoRA.merged_weight(self), dim=1)
+        norms = torch.linalg.norm(LoRA.merged_weight(self), dim=1)
+        return norms.clamp(min=torch.finfo(norms.dtype).tiny)  # a row of zeros stays one
 
     def adapted(self, x):
         y = super().adapted(x)  # (W + s B A) x + b
@@ -220,7 +227,9 @@ class VeRA(Adapter):
         return self.lambda_d[:, None] * A, self.lambda_b[:, None] * B
 
     def adapted(self, x):
-        return add_low_rank(self.base(x), x, *self.low_rank(), 1.0)
+        rows = x.reshape(-1, x.shape[-1])  # (N, in), as in LoRA
+        y = add_low_rank(self.base(rows), rows, *self.low_rank(), 1.0)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def delta_weight(self):
         """Return (v * B)(u * A) of shape (out, in)."""
@@ -297,11 +306,12 @@ class OFT(Adapter):
         """Return the blocks of R, shape (in / block_size, block_size, block_size)."""
         b = self.settings["block_size"]
         rows, columns = torch.triu_indices(b, b, 1, device=self.oft_R.device)
-        Q = self.oft_R.new_zeros(len(self.oft_R), b, b)
-        Q[:, rows, columns] = self.oft_R
+        angles = wide(self.oft_R)
+        Q = angles.new_zeros(len(angles), b, b)
+        Q[:, rows, columns] = angles
         Q = Q - Q.mT
         eye = torch.eye(b, dtype=Q.dtype, device=Q.device)
-        return torch.linalg.solve(eye - Q, eye + Q)  # the two factors commute
+        return torch.linalg.solve(eye - Q, eye + Q).to(self.oft_R.dtype)  # the two factors commute
 
     def adapted(self, x):
         blocks = x.unflatten(-1, (-1, self.settings["block_size"]))  # (..., n, b)
@@ -383,8 +393,8 @@ class BottleneckAdapter(Adapter):
     def __init__(self, base, reduction_factor, *, parallel=False, scale=1.0, generator=None):
         d_in, d_out = sizes(base)
         d_in = d_in if parallel else d_out
-        width = int(d_in / reduction_factor)
-        if width < 1 or reduction_factor <= 0:
+        width = int(d_in / reduction_factor) if reduction_factor > 0 else 0
+        if width < 1:
             raise ValueError(f"reduction_factor={reduction_factor} must be above 0, at most {d_in}")
         settings = dict(reduction_factor=reduction_factor, parallel=parallel, scale=scale)
         super().__init__(base, **settings)
@@ -417,6 +427,8 @@ class PromptTuning(Adapter):
     base : nn.Module
         Embeds a sequence: a `torch.nn.Embedding`, or a module whose last linear layer has d
         outputs. The model above it must accept P more tokens, and read its result off the others.
+        A model of transformers goes by the length of its ``input_ids``: call the adapted embedding
+        yourself and hand the model ``inputs_embeds``.
     num_virtual_tokens : int
         P.
     std : float, default=0.02
@@ -497,7 +509,8 @@ def add_low_rank(y, x, A, B, scaling):
     -------
     Tensor of shape (..., out)
     """
-    if torch.is_autocast_enabled(x.device.type) or not y.dtype == x.dtype == A.dtype:
+    mixed = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    if mixed or not y.dtype == x.dtype == A.dtype:
         return y + scaling * F.linear(F.linear(x, A), B)
     return AddLowRank.apply(y, x, A, B, scaling)
 
@@ -506,7 +519,8 @@ class AddLowRank(torch.autograd.Function):
     """y += scaling * x A' B' in place, the thin product A x' kept as (r, N).
 
     Plain autograd makes two more tensors as large as y and multiplies thin matrices in the layout
-    that the BLAS is slow at.
+    that the BLAS is slow at. With autocast, forward-mode or double differentiation use the plain
+    equation.
     """
 
     @staticmethod
@@ -556,6 +570,16 @@ def check_linear(base):
         kind = type(base).__name__
         raise ValueError(f"a {kind} is neither torch's Linear nor transformers' Conv1D")
     return sizes(base)
+
+
+def wide(x):
+    """Return half-precision numbers in single precision, for decompositions that need it.
+
+    Parameters
+    ----------
+    x : Tensor
+    """
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def check_tokens(num_virtual_tokens):

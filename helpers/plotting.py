@@ -2,18 +2,51 @@
 
 import ast
 import inspect
+from itertools import product
+from operator import attrgetter
 
 import numpy as np
+import torch
 from IPython.display import Markdown, display
-from matplotlib.patches import Patch
+from matplotlib.patches import FancyBboxPatch, Patch, Rectangle
+from matplotlib.text import Text
 
+from helpers import layers
+from helpers.inject import adapters
 from helpers.models import stages
 from helpers.study import summarize
 
 # Okabe & Ito's palette, told apart by colour-blind readers; each colour has a marker of its own
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A8A00"]
 MARKERS = "osD^vPX*"
-TRAINED, FROZEN = "#E69F00", "#D9E2EC"
+HATCHES = ["", "///", "...", "xxx", "---", "+++", "ooo", "|||"]
+TRAINED, FROZEN, LINE, FAINT = "#E69F00", "#D9E2EC", "#52606D", "#A9B5C2"
+
+# where `plot_injected` draws a layer, in points: left, right, height above the signal's line
+BOXES = {
+    "embed": (6, 42, 0),
+    "blocks.0.norm1": (66, 100, 0),
+    "blocks.0.attention.q_proj": (126, 162, 36),
+    "blocks.0.attention.k_proj": (126, 162, 0),
+    "blocks.0.attention.v_proj": (126, 162, -36),
+    "blocks.0.attention.out_proj": (246, 288, 0),
+    "blocks.0.norm2": (338, 372, 0),
+    "blocks.0.feed_forward.fc1": (394, 426, 0),
+    "blocks.0.feed_forward.fc2": (456, 488, 0),
+    "norm": (556, 588, 0),
+    "head": (608, 640, 0),
+}
+SYMBOLS = {  # of a technique, as in its equation, and the tensors that they stand for
+    layers.LoRA: {"B": "lora_B", "A": "lora_A"},
+    layers.DoRA: {"m": "magnitude", "B": "lora_B", "A": "lora_A"},
+    layers.VeRA: {"v": "lambda_b", "B": "projection.B", "u": "lambda_d", "A": "projection.A"},
+    layers.IA3: {"l": "ia3_l"},
+    layers.OFT: {"R": "oft_R"},
+    layers.BottleneckAdapter: {"U": "up_weight", "D": "down_weight"},
+    layers.PromptTuning: {"P": "prompt"},
+    layers.PrefixTuning: {"P_k": "prefix", "P_v": "prefix"},
+    layers.Tuned: {},
+}
 
 STYLE = {
     "figure.dpi": 100,
@@ -123,7 +156,7 @@ def plot_frozen(ax, models):
                 height=0.66,
                 color=TRAINED if trained else FROZEN,
                 hatch=None if trained else "///",
-                edgecolor="#52606D",
+                edgecolor=LINE,
                 linewidth=0.8,
             )
             text = dict(ha="center", va="center", fontsize=9)
@@ -134,11 +167,145 @@ def plot_frozen(ax, models):
     ax.invert_yaxis()
     ax.grid(False)
     ax.spines[:].set_visible(False)
-    patches = [
-        Patch(facecolor=TRAINED, edgecolor="#52606D", label="trained"),
-        Patch(facecolor=FROZEN, edgecolor="#52606D", hatch="///", label="frozen"),
-    ]
-    ax.legend(handles=patches, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    _legend_of_colours(ax, LINE, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+
+
+def plot_injected(ax, model):
+    """Draw where a technique sits in a transformer: its first block, and what is trained in it.
+
+    Parameters
+    ----------
+    ax : Axes
+        About 9 x 2.6 inches.
+    model : TinyTransformer
+        With or without adapters.
+
+    Raises
+    ------
+    ValueError
+        If the blocks differ, or an adapter is of a kind or at a place that has no drawing.
+    """
+    blocks = list(getattr(model, "blocks", []))
+    bare = {_without_base(name): module for name, module in model.named_modules()}
+    if not BOXES.keys() <= bare.keys():
+        raise ValueError(f"a {type(model).__name__} is not drawn, only a TinyTransformer is")
+    if len({(repr(b), *(p.requires_grad for p in b.parameters())) for b in blocks}) > 1:
+        raise ValueError("the blocks differ, so that the first one cannot stand for all")
+    others = tuple(f"blocks.{i}." for i in range(1, len(blocks)))
+    found = {_without_base(n): m for n, m in adapters(model).items() if not n.startswith(others)}
+    added = {id(p) for adapter in found.values() for p in adapter.parameters(recurse=False)}
+    tuned = {name for name, adapter in found.items() if isinstance(adapter, layers.Tuned)}
+    _draw_signal(ax, len(blocks))
+    for name, (left, right, y) in BOXES.items():
+        on = any(p.requires_grad and id(p) not in added for p in bare[name].parameters())
+        low = 21 if tuned & {name, f"{name}.project"} else 8  # room for the strip
+        style = {} if on else dict(hatch="////", edgecolor=FAINT)
+        _box(ax, left, y - low, right - left, low + 8, on, gid=name, zorder=2, **style)
+        _write(ax, (left + right) / 2, y, name.rpartition(".")[2])
+    for name, adapter in found.items():
+        inside = [box for n, box in BOXES.items() if f"{n}.".startswith(f"{name}.")]
+        inside = inside or [BOXES.get(name.rpartition(".")[0])]
+        if type(adapter) not in SYMBOLS or inside == [None] or name == "blocks.0":
+            raise ValueError(f"no drawing of {type(adapter).__name__} at {name!r}")
+        _draw_adapter(ax, adapter, inside)
+    ax.set(xlim=(0, 660), ylim=(-82, 74), aspect="equal")
+    ax.axis("off")
+    _legend_of_colours(ax, FAINT, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.1)
+
+
+def _draw_signal(ax, n_blocks):
+    """Draw what every technique leaves as it is: the lines, the softmax, the sums, the frame."""
+    frame = dict(boxstyle="round,pad=0,rounding_size=6", edgecolor=FAINT, linestyle="--")
+    ax.add_patch(FancyBboxPatch((52, -80), 480, 152, facecolor="none", zorder=0, **frame))
+    same = ", same for the other blocks" if n_blocks > 1 else ""
+    ax.text(60, 66, f"block 1 of {n_blocks}{same}", va="center", fontsize=8, color=LINE)
+    line = dict(color=LINE, linewidth=1, zorder=1)
+    ax.plot([0, 654], [0, 0], **line)
+    ax.plot(654, 0, ">", color=LINE, markersize=4)
+    ax.plot([186, 108, 108, 186], [36, 36, -36, -36], **line)  # to the queries and the values
+    for fork, end in ((58, 320), (332, 520)):
+        ax.plot([fork, fork, end, end], [0, 54, 54, 0], **line)
+        _sum(ax, end, 0, LINE, 10)
+    _box(ax, 186, -58, 40, 102, False, facecolor="white", zorder=2)
+    _write(ax, 206, 0, "softmax")
+    if n_blocks > 1:
+        _write(ax, 544, 0, "⋯", backgroundcolor="white", weight="bold")
+
+
+def _draw_adapter(ax, adapter, inside):
+    """Draw an adapter where its class puts it; `inside` are the boxes of what it wraps."""
+    left, right = min(box[0] for box in inside), max(box[1] for box in inside)
+    x, y, low = (left + right) / 2, inside[-1][2], min(box[2] for box in inside)
+    on = {s: attrgetter(n)(adapter).requires_grad for s, n in SYMBOLS[type(adapter)].items()}
+    line = dict(color=TRAINED if any(on.values()) else LINE, linewidth=1, zorder=0.9)
+    if isinstance(adapter, layers.Tuned):
+        norm = isinstance(adapter.base, torch.nn.LayerNorm)
+        symbols = {"weight": r"\gamma" if norm else "W", "bias": r"\beta" if norm else "b"}
+        trained = any(p.requires_grad for p in adapter.tuned().values())
+        names = ", ".join(symbols.get(name, name) for name in adapter.tuned())
+        _cells(ax, x, y - 13.5, {names: trained}, width=right - left - 4)
+    elif isinstance(adapter, layers.PromptTuning):
+        _tokens(ax, left, y - 19, "P", on["P"])
+        ax.plot([left + 34, right + 7, right + 7], [y - 19, y - 19, y], **line)
+        ax.plot(right + 7, y, "o", color=line["color"], markersize=3)
+    elif isinstance(adapter, layers.PrefixTuning):
+        for (symbol, trained), box in zip(on.items(), inside[1:3], strict=True):
+            _tokens(ax, left - 4, box[2] - 19, symbol, trained)
+            ax.plot([left + 30, 186], [box[2] - 19] * 2, **line)
+    elif isinstance(adapter, layers.OFT) or adapter.settings.get("feedforward"):
+        _cells(ax, left - 8, y, on)
+    elif isinstance(adapter, layers.IA3) or adapter.settings.get("parallel") is False:
+        _cells(ax, right + 4 + 4.5 * len(on), y, on)
+    else:
+        fork, join, drop = (left - 18, right + 9, 32) if inside[1:] else (left - 5, right + 5, 18)
+        ax.plot([fork, fork, join, join], [y, low - drop, low - drop, y], **line)
+        _sum(ax, join, y, line["color"], 5)
+        if "m" in on:  # DoRA's magnitude rescales the sum
+            _cells(ax, join + 11, y, {"m": on.pop("m")}, width=11)
+        _cells(ax, x, low - drop, on)
+
+
+def _cells(ax, x, y, on, width=None):
+    """Draw a small box around (x, y) with a cell for each symbol, orange if it is trained."""
+    width = width or 9 * len(on)
+    left, cell = x - width / 2, width / len(on)
+    shape = dict(boxstyle="round,pad=0,rounding_size=3", facecolor="none", edgecolor=LINE)
+    outline = FancyBboxPatch((left, y - 5.5), width, 11, linewidth=0.8, zorder=4, **shape)
+    ax.add_patch(outline)
+    for i, (symbol, trained) in enumerate(on.items()):
+        _box(ax, left + i * cell, y - 5.5, cell, 11, trained, linewidth=0).set_clip_path(outline)
+        _write(ax, left + (i + 0.5) * cell, y, f"${symbol}$")
+
+
+def _tokens(ax, x, y, symbol, trained):
+    _write(ax, x + 2, y, f"${symbol}$")
+    for i in range(3):
+        _box(ax, x + 9 * (i + 1), y - 3.5, 7, 7, trained)
+
+
+def _sum(ax, x, y, colour, size):
+    ax.plot(x, y, "o", color="white", markeredgecolor=colour, markersize=size, zorder=2)
+    ax.plot(x, y, "+", color=colour, markersize=0.6 * size, zorder=3)
+
+
+def _box(ax, left, bottom, width, height, trained, **style):
+    colours = dict(facecolor=TRAINED if trained else FROZEN, edgecolor=LINE)
+    style = colours | dict(linewidth=0.8, zorder=3) | style
+    return ax.add_patch(Rectangle((left, bottom), width, height, **style))
+
+
+def _write(ax, x, y, text, **style):
+    ax.text(x, y, text, ha="center", va="center", fontsize=8, zorder=5, **style)
+
+
+def _without_base(name):
+    return ".".join(part for part in name.split(".") if part != "base")
+
+
+def _legend_of_colours(ax, edge, **place):
+    trained = Patch(facecolor=TRAINED, edgecolor=LINE, label="trained")
+    frozen = Patch(facecolor=FROZEN, edgecolor=edge, hatch="///", label="frozen")
+    ax.legend(handles=[trained, frozen], ncols=2, **place)
 
 
 def plot_seeds(ax, results, *, marks=None):
@@ -206,3 +373,126 @@ def plot_tradeoff(ax, points):
         for x, y in pairs:
             xerr, yerr = ([[v.mean - v.low], [v.high - v.mean]] for v in (x, y))
             ax.errorbar(x.mean, y.mean, yerr, xerr, color=colour, linewidth=1)
+
+
+def plot_memory(ax, parts):
+    """Draw the memory that each method needs as a bar of its components, the total at its end.
+
+    Parameters
+    ----------
+    ax : Axes
+    parts : dict of str to dict of str to float
+        Method to its components, such as "weights" or "gradients", in bytes; at most 8 of them.
+    """
+    components = dict.fromkeys(name for part in parts.values() for name in part)
+    most = max(sum(part.values()) for part in parts.values())
+    unit, size = next((u for u in (("GB", 1e9), ("MB", 1e6)) if most >= u[1]), ("kB", 1e3))
+    left = np.zeros(len(parts))
+    for i, name in enumerate(components):
+        width = np.array([part.get(name, 0) for part in parts.values()]) / size
+        style = dict(color=COLOURS[i], hatch=HATCHES[i], edgecolor="white", linewidth=0)
+        ax.barh(range(len(parts)), width, left=left, height=0.66, label=name, **style)
+        left += width
+    for row, total in enumerate(left):
+        text = f"{total:,.0f} {unit}" if total >= 100 else f"{total:.3g} {unit}"
+        ax.annotate(text, (total, row), (4, 0), textcoords="offset points", va="center")
+    ax.set(yticks=range(len(parts)), yticklabels=parts, ylim=(len(parts) - 0.5, -0.5))
+    ax.set(xlim=(0, 1.15 * most / size), xlabel=f"memory ({unit})")
+    ax.grid(False, axis="y")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(components))
+
+
+def plot_page(ax, points, families):
+    """Draw accuracy against trainable parameters; a marker's area is the operations of a step.
+
+    Parameters
+    ----------
+    ax : Axes
+        In its final size: labels are placed where they overlap nothing.
+    points : dict of str to tuple of (int, Summary, float)
+        Of each method its trainable parameters, accuracy (%) and operations per step.
+    families : dict of str to str
+        Method to its family, which has a colour and a marker; at most 8 families.
+
+    Raises
+    ------
+    ValueError
+        If a method trains nothing: a logarithmic axis has no place for it.
+    """
+    if none := [name for name, (n, _, _) in points.items() if n < 1]:
+        raise ValueError(f"{none} train nothing, which a logarithmic axis cannot show")
+    most = max(operations for _, _, operations in points.values())
+    kinds = list(dict.fromkeys(families[name] for name in points))
+    for name, (n, s, operations) in points.items():
+        colour, marker = (c[kinds.index(families[name])] for c in (COLOURS, MARKERS))
+        arms = [[s.mean - s.low], [s.high - s.mean]]
+        ax.errorbar(n, s.mean, arms, color=colour, linewidth=1, alpha=0.7, zorder=2)
+        style = dict(color=colour, marker=marker, edgecolor="white", zorder=3)
+        ax.scatter(n, s.mean, s=200 * operations / most, **style)
+    styles = zip(kinds, COLOURS, MARKERS, strict=False)
+    dots = [ax.scatter([], [], s=50, color=c, marker=m, label=kind) for kind, c, m in styles]
+    rings = [
+        ax.scatter([], [], s=200 * share, color="none", edgecolor=LINE, label=f"{size:.2g} MFLOP")
+        for share, size in ((share, share * most / 1e6) for share in (0.25, 0.5, 1))
+    ]
+    place = dict(borderaxespad=0.3, columnspacing=1.2, handletextpad=0.4)
+    left = dict(loc="lower left", bbox_to_anchor=(0, 1), ncols=-(-len(kinds) // 2))
+    right = dict(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, title="operations of a step")
+    ax.add_artist(ax.legend(handles=dots, **left, **place))
+    ax.legend(handles=rings, **right, **place)
+    ax.set(xscale="log", xlabel="trainable parameters", ylabel="accuracy (%)")
+    ax.margins(0.08)
+    _label(ax, {name: (n, s.mean) for name, (n, s, _) in points.items()})
+
+
+def _label(ax, places):
+    """Write each name by its point: the nearest place where it and its leader cover nothing."""
+    ax.figure.draw_without_rendering()  # settles the layout, so that places are known in points
+    scale = 72 / ax.figure.dpi
+    centres = {name: ax.transData.transform(place) * scale for name, place in places.items()}
+    bars = [ax.transData.transform(c.lines[2][0].get_segments()[0]) * scale for c in ax.containers]
+    lows = np.array([c - 8 for c in centres.values()] + [bar[0] - 1 for bar in bars])
+    highs = np.array([c + 8 for c in centres.values()] + [bar[1] + 1 for bar in bars])
+    corners = ax.bbox.get_points() * scale
+    turns = np.deg2rad([0, 180, *range(15, 180, 15), *range(195, 360, 15)])
+    style = dict(ha="center", va="center", fontsize=8, zorder=4, textcoords="offset points")
+    style["arrowprops"] = dict(arrowstyle="-", color=LINE, linewidth=0.6, shrinkA=0, shrinkB=5)
+    for name in sorted(places, key=lambda name: -centres[name][1]):
+        text = ax.annotate(name, places[name], (0, 0), **style)
+        text.set_in_layout(False)
+        half = Text.get_window_extent(text).size * scale / 2 + 1
+        for radius, turn in product(range(8, 200, 4), turns):
+            offset = np.array([np.cos(turn), np.sin(turn)]) * (radius + half)
+            start = 12 / np.linalg.norm(offset) if radius > 8 else 1
+            line = centres[name] + np.linspace(start, 1, 40)[:, None] * offset
+            reach = np.r_[np.full((39, 2), 0.5), [half]] if radius > 8 else half
+            low, high = line - reach, line + reach
+            clash = ((low[:, None] < highs) & (high[:, None] > lows)).all(-1).any()
+            if not clash and (low > corners[0]).all() and (high < corners[1]).all():
+                break
+        lows, highs = np.r_[lows, low], np.r_[highs, high]
+        text.set_position(offset)
+        text.arrow_patch.set_visible(radius > 8)
+
+
+def plot_grid(ax, values, rows, columns, *, xlabel, ylabel):
+    """Draw a table as a heat map with its numbers in the cells.
+
+    Parameters
+    ----------
+    ax : Axes
+    values : array of shape (rows, columns)
+    rows, columns : sequence
+        What the rows and the columns are called.
+    xlabel, ylabel : str
+        What varies between columns, and between rows.
+    """
+    image = ax.imshow(values, cmap="viridis", aspect="auto")
+    for (row, column), value in np.ndenumerate(np.asarray(values)):
+        bright = np.dot(image.to_rgba(value)[:3], (0.299, 0.587, 0.114)) > 0.5
+        style = dict(ha="center", va="center", color="black" if bright else "white")
+        ax.text(column, row, f"{value:.1f}", **style)
+    ax.set(xticks=range(len(columns)), yticks=range(len(rows)), xlabel=xlabel, ylabel=ylabel)
+    ax.set(xticklabels=columns, yticklabels=rows)
+    ax.grid(False)
+    ax.spines[:].set_visible(False)

@@ -124,3 +124,15 @@ def test_an_optimizer_built_for_other_parameters_is_refused(optimizer_of, then, 
         return freezing.check_optimizer(model, optimizer)
     with pytest.raises(ValueError, match=told):
         freezing.check_optimizer(model, optimizer)
+
+
+def test_an_ending_wins_over_any_prefix():
+    model = nn.Module()
+    model.q = nn.ParameterDict({"lora_A": torch.ones(1), "lora_B": torch.ones(1)})
+    model.lora_B = nn.Linear(1, 1)  # a module of that name is no ending of its parameters' names
+    groups = param_groups(model, {"": 1.0, "q": 2.0, ".lora_B": 16.0})
+    names = {p: name for name, p in model.named_parameters()}
+    given = {names[p]: group["lr"] for group in groups for p in group["params"]}
+    assert given == {"q.lora_A": 2, "q.lora_B": 16, "lora_B.weight": 1, "lora_B.bias": 1}
+    with pytest.raises(ValueError, match=r"the rates for \['.lora_C'\] cover nothing"):
+        param_groups(model, {"": 1.0, ".lora_C": 2.0})

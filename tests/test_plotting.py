@@ -1,12 +1,19 @@
 """Figures: what is drawn is what was measured, and it can be told apart without colour."""
 
+from itertools import combinations
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import torch
+from matplotlib.colors import same_color, to_hex
+from matplotlib.patches import FancyBboxPatch
+from matplotlib.text import Text
 
-from helpers import plotting
-from helpers.freezing import freeze
-from helpers.models import MLP
+from helpers import inject, plotting
+from helpers.freezing import freeze, unfreeze
+from helpers.layers import Adapter, BottleneckAdapter
+from helpers.models import MLP, TinyTransformer
 from helpers.study import Summary, summarize
 
 
@@ -93,3 +100,341 @@ def test_source_is_shown_whole_but_for_docstrings(shown):
 def test_tables_are_markdown(shown):
     plotting.show_table(["a", "b"], [[1, "x"], [2, "y"]])
     assert shown == ["| a | b |\n| --- | --- |\n| 1 | x |\n| 2 | y |"]
+
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+PARALLEL = {"reduction_factor": 4, "parallel": True}
+TECHNIQUES = {  # how to inject it, and the symbols that must be drawn
+    "probing": (lambda m: None, ""),
+    "full": (unfreeze, ""),
+    "LoRA on q, v": (lambda m: inject.inject_lora(m, ["q_proj", "v_proj"]), "BA" * 2),
+    "LoRA": (lambda m: inject.inject_lora(m, LINEAR), "BA" * 6),
+    "LoRA everywhere": (lambda m: inject.inject_lora(m, ["project", *LINEAR, "head"]), "BA" * 8),
+    "DoRA": (lambda m: inject.inject_dora(m, LINEAR), "mBA" * 6),
+    "VeRA": (lambda m: inject.inject_vera(m, LINEAR), "vBuA" * 6),
+    "OFT": (lambda m: inject.inject_oft(m, LINEAR), "R" * 6),
+    "IA3": (lambda m: inject.inject_ia3(m, ["k_proj", "v_proj"], feedforward=["fc2"]), "lll"),
+    "Houlsby": (lambda m: inject.inject_adapter(m, ["out_proj", "fc2"]), "UD" * 2),
+    "parallel": (lambda m: inject.inject_adapter(m, ["feed_forward"], **PARALLEL), "UD"),
+    "parallel, both": (
+        lambda m: inject.inject_adapter(m, ["attention", "feed_forward"], **PARALLEL),
+        "UD" * 2,
+    ),
+    "BitFit": (inject.inject_bitfit, "b" * 8 + "β" * 3),
+    "LayerNorm": (inject.inject_layer_norm, ["γ, β"] * 3),
+    "prompt": (lambda m: inject.inject_prompt(m, ["embed"]), "P"),
+    "prefix": (lambda m: inject.inject_prefix(m, ["attention"]), ["P_k", "P_v"]),
+}
+
+
+@pytest.fixture
+def wide():
+    with plt.rc_context(plotting.STYLE):
+        fig, ax = plt.subplots(figsize=(9, 2.6))
+        yield ax
+    plt.close(fig)
+
+
+def injected(technique, n_layers=2):
+    model = TinyTransformer(n_layers=n_layers)
+    freeze(model)
+    TECHNIQUES[technique][0](model)
+    unfreeze(model.head)
+    return model
+
+
+def symbols(ax):
+    """Return the formulas drawn, each with its place in data coordinates."""
+    plain = [(t.get_text().replace(r"\gamma", "γ").replace(r"\beta", "β"), t) for t in ax.texts]
+    return [(text.strip("$"), *t.get_position()) for text, t in plain if text.startswith("$")]
+
+
+def boxes(ax):
+    return {patch.get_gid(): patch for patch in ax.patches if patch.get_gid()}
+
+
+def colour_at(ax, x, y):
+    """Return the colour of the highest filled patch at a place, in data coordinates."""
+    here = [p for p in ax.patches if p.get_facecolor()[3] and p.get_bbox().contains(x, y)]
+    return to_hex(max(here, key=lambda p: p.get_zorder()).get_facecolor()).upper()
+
+
+def extents(artists):
+    """Return where artists are in pixels, each half a pixel smaller all around."""
+    drawn = [Text.get_window_extent(a) if isinstance(a, Text) else a for a in artists]
+    return [(a if hasattr(a, "x0") else a.get_window_extent()).padded(-0.5) for a in drawn]
+
+
+def assert_apart(artists):
+    for a, b in combinations(extents(artists), 2):
+        assert not a.overlaps(b)
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_each_technique_is_drawn_whole_and_nothing_overlaps(wide, technique):
+    plotting.plot_injected(wide, injected(technique))
+    wide.figure.draw_without_rendering()
+    assert sorted(s for s, *_ in symbols(wide)) == sorted(TECHNIQUES[technique][1])
+    texts = [*wide.texts, *wide.get_legend().get_texts()]
+    assert_apart(texts)
+    assert all(
+        wide.figure.bbox.fully_contains(*corner)
+        for t in extents(texts)
+        for corner in t.get_points()
+    )
+    assert min(t.get_fontsize() for t in texts) >= 8
+    _, *small = [p for p in wide.patches if isinstance(p, FancyBboxPatch)]
+    if technique in ("BitFit", "LayerNorm"):  # strips lie in the boxes, other adapters outside
+        outer = [box.get_bbox() for box in boxes(wide).values()]
+        for strip in small:
+            corners = strip.get_bbox().get_points()
+            assert any(all(box.contains(*corner) for corner in corners) for box in outer)
+    else:
+        assert_apart([*small, *boxes(wide).values(), softmax(wide)])
+    for box in boxes(wide).values():
+        label = box.get_gid().rpartition(".")[2]
+        [name] = extents(t for t in wide.texts if t.get_text() == label)
+        assert all(box.get_window_extent().contains(*corner) for corner in name.get_points())
+    assert wide.get_legend().get_texts()[0].get_text() == "trained"
+
+
+def softmax(ax):
+    [patch] = [p for p in ax.patches if same_color(p.get_facecolor(), "white")]
+    return patch
+
+
+def test_layers_are_orange_where_they_are_trained_and_hatched_where_not(wide):
+    model = injected("LoRA")
+    for block in model.blocks:
+        unfreeze(block.norm1)
+    plotting.plot_injected(wide, model)
+    drawn = {
+        name: (to_hex(b.get_facecolor()).upper(), b.get_hatch()) for name, b in boxes(wide).items()
+    }
+    trained = {name for name, look in drawn.items() if look == (plotting.TRAINED, None)}
+    frozen = {name for name, look in drawn.items() if look == (plotting.FROZEN, "////")}
+    assert trained == {"blocks.0.norm1", "head"} and len(frozen) == 9
+
+
+@pytest.mark.parametrize(
+    "technique, n", [("probing", 1), ("full", 11), ("BitFit", 1), ("prompt", 1)]
+)
+def test_what_an_adapter_adds_leaves_its_layer_frozen(wide, technique, n):
+    plotting.plot_injected(wide, injected(technique))
+    assert sum(b.get_hatch() is None for b in boxes(wide).values()) == n
+
+
+def test_only_the_vectors_of_vera_are_orange(wide):
+    plotting.plot_injected(wide, injected("VeRA"))
+    colours = {(s, colour_at(wide, x, y)) for s, x, y in symbols(wide)}
+    grey, orange = plotting.FROZEN, plotting.TRAINED
+    assert colours == {("v", orange), ("B", grey), ("u", orange), ("A", grey)}
+
+
+@pytest.mark.parametrize("technique", ["LoRA", "OFT", "IA3", "Houlsby", "BitFit"])
+def test_adapters_are_grey_once_they_are_frozen(wide, technique):
+    model = injected(technique)
+    plotting.plot_injected(wide, model)
+    assert {colour_at(wide, x, y) for _, x, y in symbols(wide)} == {plotting.TRAINED}
+    freeze(model)
+    wide.clear()
+    plotting.plot_injected(wide, model)
+    assert {colour_at(wide, x, y) for _, x, y in symbols(wide)} == {plotting.FROZEN}
+
+
+def places(ax, technique, name):
+    """Return each symbol's place from the left, and above the middle, of a layer's box."""
+    plotting.plot_injected(ax, injected(technique))
+    left, right, middle = plotting.BOXES[name]
+    return {
+        s: ((x - left) / (right - left), y - middle)
+        for s, x, y in symbols(ax)
+        if abs(x - (left + right) / 2) < 40
+    }
+
+
+@pytest.mark.parametrize("technique, name, symbol, side", [
+    ("LoRA", "blocks.0.feed_forward.fc2", "A", "under"),
+    ("VeRA", "blocks.0.attention.out_proj", "v", "under"),
+    ("DoRA", "blocks.0.attention.out_proj", "B", "under"),
+    ("DoRA", "blocks.0.attention.out_proj", "m", "after"),
+    ("OFT", "blocks.0.attention.out_proj", "R", "before"),
+    ("IA3", "blocks.0.feed_forward.fc2", "l", "before"),
+    ("IA3", "blocks.0.attention.v_proj", "l", "after"),
+    ("Houlsby", "blocks.0.feed_forward.fc2", "U", "after"),
+    ("prompt", "embed", "P", "under"),
+    ("prefix", "blocks.0.attention.v_proj", "P_v", "under"),
+])  # fmt: skip
+def test_adapters_are_where_their_class_puts_them(wide, technique, name, symbol, side):
+    x, y = places(wide, technique, name)[symbol]
+    if side == "under":
+        assert -0.1 < x < 1.1 and -21 < y < -14
+    else:
+        assert y in (0, 36) and (x < 0 if side == "before" else x > 1)
+
+
+def test_a_parallel_adapter_spans_what_it_wraps(wide):
+    plotting.plot_injected(wide, injected("parallel"))
+    [line] = [
+        w for w in wide.lines if w.get_color() == plotting.TRAINED and len(w.get_xdata()) == 4
+    ]
+    xs, ys = line.get_data()
+    fc1, fc2 = (plotting.BOXES[f"blocks.0.feed_forward.{name}"] for name in ("fc1", "fc2"))
+    assert xs[0] == xs[1] < fc1[0] and xs[2] == xs[3] > fc2[1] and ys[0] == ys[3] == 0
+    (_, up, y), (_, down, _) = symbols(wide)
+    assert fc1[1] < up < down < fc2[0] and y == ys[1] == ys[2] < -8
+
+
+@pytest.mark.parametrize(
+    "n, text", [(1, "block 1 of 1"), (3, "block 1 of 3, same for the other blocks")]
+)
+def test_the_first_block_stands_for_all(wide, n, text):
+    plotting.plot_injected(wide, injected("Houlsby", n_layers=n))
+    assert text in [t.get_text() for t in wide.texts]
+    assert ("⋯" in [t.get_text() for t in wide.texts]) == (n > 1)
+
+
+class Other(Adapter):
+    pass
+
+
+def test_what_would_be_drawn_wrongly_is_refused(wide):
+    model = injected("probing")
+    unfreeze(model.blocks[1].norm2)
+    with pytest.raises(ValueError, match="blocks differ"):
+        plotting.plot_injected(wide, model)
+    model = injected("probing")
+    for i in range(2):  # the same tensors, another rank
+        inject.inject_lora(model, [f"blocks.{i}.attention.q_proj"], r=4 + i)
+    with pytest.raises(ValueError, match="blocks differ"):
+        plotting.plot_injected(wide, model)
+    with pytest.raises(ValueError, match="MLP is not drawn"):
+        plotting.plot_injected(wide, MLP())
+    model = injected("probing")
+    model.norm = Other(model.norm)
+    with pytest.raises(ValueError, match="no drawing of Other at 'norm'"):
+        plotting.plot_injected(wide, model)
+    model = injected("probing")
+    model.blocks = torch.nn.ModuleList(BottleneckAdapter(b, 4) for b in model.blocks)
+    with pytest.raises(ValueError, match=r"no drawing of BottleneckAdapter at 'blocks\.0'"):
+        plotting.plot_injected(wide, model)
+
+
+def test_memory_is_stacked_and_summed(ax):
+    parts = {"a": {"weights": 1e6, "gradients": 5e5}, "b": {"weights": 1e6, "activations": 31250}}
+    plotting.plot_memory(ax, parts)
+    bars = {c.get_label(): [(b.get_x(), b.get_width()) for b in c] for c in ax.containers}
+    assert bars == {
+        "weights": [(0, 1), (0, 1)],
+        "gradients": [(1, 0.5), (1, 0)],
+        "activations": [(1.5, 0), (1, 0.03125)],
+    }
+    assert [t.get_text() for t in ax.texts] == ["1.5 MB", "1.03 MB"]
+    assert [t.xy for t in ax.texts] == [
+        (1.5, 0),
+        (1.03125, 1),
+    ] and ax.get_xlabel() == "memory (MB)"
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["a", "b"]
+    looks = [(c[0].get_facecolor(), c[0].get_hatch()) for c in ax.containers]
+    assert all(len(set(column)) == 3 for column in zip(*looks, strict=True))
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == list(bars)
+
+
+@pytest.mark.parametrize(
+    "size, text",
+    [(1, "0.001 kB"), (999, "0.999 kB"), (123456, "123 kB"), (2e9, "2 GB"), (4e12, "4,000 GB")],
+)
+def test_the_largest_total_chooses_the_unit(ax, size, text):
+    plotting.plot_memory(ax, {"a": {"weights": size}})
+    assert ax.texts[0].get_text() == text
+
+
+@pytest.fixture
+def page():
+    with plt.rc_context(plotting.STYLE):
+        fig, ax = plt.subplots(figsize=(9, 5))
+        rng, families = np.random.default_rng(0), {}
+        points = {}
+        for i in range(18):
+            mean, name = 70 + 8 * rng.random(), f"method number {i}"
+            summary = Summary(mean, 1.0, mean - 1, mean + 2, 9)
+            points[name] = (int(10 ** (3 + rng.random())), summary, 1e6 * (1 + i % 4))
+            families[name] = f"family {i % 7}"
+        plotting.plot_page(ax, points, families)
+        fig.draw_without_rendering()
+        yield ax, points, families
+    plt.close(fig)
+
+
+def test_page_has_intervals_families_and_areas(page):
+    ax, points, families = page
+    dots = [c for c in ax.collections if len(c.get_offsets()) == 1 and "PathC" in type(c).__name__]
+    looks = {}
+    for dot, bar, (name, (n, s, operations)) in zip(
+        dots, ax.containers, points.items(), strict=True
+    ):
+        assert dot.get_offsets().tolist() == [[n, s.mean]]
+        assert bar.lines[2][0].get_segments()[0].tolist() == [[n, s.low], [n, s.high]]
+        assert dot.get_sizes()[0] == pytest.approx(50e-6 * operations)
+        colour, shape = (
+            to_hex(dot.get_facecolor()[0]).upper(),
+            dot.get_paths()[0].vertices.tobytes(),
+        )
+        looks.setdefault(families[name], set()).add((colour, shape))
+    assert [len(look) for look in looks.values()] == [1] * 7
+    assert {colour for [(colour, _)] in looks.values()} == set(plotting.COLOURS[:7])
+    assert len({shape for [(_, shape)] in looks.values()}) == 7
+    first, second = [c for c in ax.get_children() if "Legend" in type(c).__name__]
+    named = {tuple(t.get_text() for t in legend.get_texts()) for legend in (first, second)}
+    assert named == {tuple(looks), ("1 MFLOP", "2 MFLOP", "4 MFLOP")}
+    assert [h.get_sizes()[0] for h in ax.get_legend().legend_handles] == [50, 100, 200]
+    assert ax.get_xscale() == "log" and ax.get_xlabel() and ax.get_ylabel() == "accuracy (%)"
+
+
+def test_page_names_every_point_and_nothing_overlaps(page):
+    ax, points, _ = page
+    assert sorted(t.get_text() for t in ax.texts) == sorted(points)
+    assert {t.get_text(): t.xy for t in ax.texts} == {
+        k: (n, s.mean) for k, (n, s, _) in points.items()
+    }
+    assert_apart(ax.texts)
+    for text in extents(ax.texts):
+        assert all(ax.bbox.contains(*corner) for corner in text.get_points())
+        for n, s, operations in points.values():
+            x, y = ax.transData.transform((n, s.mean))
+            half = np.sqrt(50e-6 * operations) / 2 * 100 / 72
+            assert not text.overlaps(text.from_extents(x - half, y - half, x + half, y + half))
+            low, high = ax.transData.transform([(n, s.low), (n, s.high)])
+            assert not text.overlaps(text.from_extents(*low, *high))
+    first, second = [c for c in ax.get_children() if "Legend" in type(c).__name__]
+    assert_apart([first, second])
+
+
+def test_page_leads_distant_names_to_their_points(page):
+    ax, *_ = page
+    for text in ax.texts:
+        box, xy = Text.get_window_extent(text), ax.transData.transform(text.xy)
+        gap = np.hypot(*np.maximum(0, np.abs((box.min + box.max) / 2 - xy) - box.size / 2))
+        assert gap < 150 and (text.arrow_patch.get_visible() or gap < 20)
+    assert {text.arrow_patch.get_visible() for text in ax.texts} == {True, False}
+
+
+def test_page_refuses_a_method_that_trains_nothing(ax):
+    points = {"none": (0, *summaries(3), 1e6), "one": (1, *summaries(3), 1e6)}
+    with pytest.raises(ValueError, match=r"\['none'\] train nothing"):
+        plotting.plot_page(ax, points, dict.fromkeys(points, "family"))
+
+
+def test_grid_has_its_numbers_in_its_cells(ax):
+    values = np.array([[1.26, 20, 30], [40, 50, 60]])
+    plotting.plot_grid(ax, values, ["a", "b"], [1, 2, 4], xlabel="rank", ylabel="rate")
+    drawn = {t.get_position(): t.get_text() for t in ax.texts}
+    assert drawn == {(c, r): f"{values[r, c]:.1f}" for r in range(2) for c in range(3)}
+    assert np.array_equal(ax.images[0].get_array(), values)
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["1", "2", "4"]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["a", "b"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("rank", "rate")
+    for text, value in zip(ax.texts, values.flat, strict=True):
+        paper = np.dot(ax.images[0].to_rgba(value)[:3], (0.299, 0.587, 0.114))
+        ink = {"black": 0, "white": 1}[text.get_color()]
+        assert abs(paper - ink) >= 0.5

@@ -1,0 +1,568 @@
+"""Part 2's experiments: one pre-trained transformer, every technique, the same few labels."""
+
+import copy
+import hashlib
+import inspect
+import os
+import warnings
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.optim import Adam
+from torch.utils import flop_counter
+
+from helpers import inject
+from helpers.checkpoint import load_trainable, save_trainable
+from helpers.data import digits, few_per_class, shift_digits
+from helpers.freezing import count_parameters, freeze, param_groups, unfreeze
+from helpers.layers import Adapter
+from helpers.models import TinyTransformer, with_fresh_head
+from helpers.strategies import lp_ft
+from helpers.study import reproducible, run_seeds
+from helpers.training import cross_entropy, evaluate, predict, train
+
+CACHE = Path(__file__).parent.parent / "build" / "pretrained"
+LINEAR = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # validation rows decide which of these a technique gets
+TARGETS = {  # what the target images went through, in order: kind and strength of `shift_digits`
+    "faint": [("contrast", 0.3), ("noise", 0.1)],
+    "turned": [("rotation", 90.0)],
+}
+
+
+def _everything(model, generator=None):
+    unfreeze(model)
+
+
+def _nothing(model, generator=None):
+    """Only the head, which `prepare` unfreezes, is trained."""
+
+
+def technique(function, *targets, **options):
+    """Return `function` of a model and a generator, everything else given: an entry of a table.
+
+    Parameters
+    ----------
+    function : callable
+        One of `helpers.inject`'s.
+    *targets : str
+    **options : object
+
+    Returns
+    -------
+    callable
+        ``technique(model, generator)``.
+    """
+    takes_generator = "generator" in inspect.signature(function).parameters
+
+    def _inject(model, generator=None):
+        drawn = {"generator": generator} if takes_generator else {}
+        return function(model, *([list(targets)] if targets else []), **options, **drawn)
+
+    return _inject
+
+
+LORA = {"r": 4, "lora_alpha": 8}
+TECHNIQUES = {
+    "from scratch": _everything,
+    "full fine-tuning": _everything,
+    "LP-FT": _everything,
+    "linear probing": _nothing,
+    "BitFit": technique(inject.inject_bitfit),
+    "LayerNorm tuning": technique(inject.inject_layer_norm),
+    "LoRA on q, v": technique(inject.inject_lora, "q_proj", "v_proj", **LORA),
+    "LoRA": technique(inject.inject_lora, *LINEAR, **LORA),
+    "LoRA+": technique(inject.inject_lora, *LINEAR, **LORA),
+    "PiSSA": technique(inject.inject_lora, *LINEAR, **LORA, init="pissa"),
+    "DoRA": technique(inject.inject_dora, *LINEAR, **LORA),
+    "VeRA": technique(inject.inject_vera, *LINEAR, r=16),
+    "OFT": technique(inject.inject_oft, *LINEAR, block_size=8),
+    "adapters, Houlsby": technique(inject.inject_adapter, "out_proj", "fc2", reduction_factor=8),
+    "adapters, Pfeiffer": technique(inject.inject_adapter, "fc2", reduction_factor=4),
+    "adapters, parallel": technique(
+        inject.inject_adapter, "feed_forward", reduction_factor=4, parallel=True
+    ),
+    "(IA)3": technique(inject.inject_ia3, "k_proj", "v_proj", feedforward=["fc2"]),
+    "prompt tuning": technique(inject.inject_prompt, "embed", num_virtual_tokens=4),
+    "prefix tuning": technique(inject.inject_prefix, "attention", num_virtual_tokens=4),
+}
+
+
+def samples(seed, target, *, per_class=10):
+    """Draw a seed's rows: source images, and images of the target domain to train and score on.
+
+    Parameters
+    ----------
+    seed : int
+    target : str
+        A key of `TARGETS`.
+    per_class : int, default=10
+        Labelled target images of each digit, 1 to 25.
+
+    Returns
+    -------
+    dict of str to (X, y)
+        "source" (800 rows), "few" (10 * per_class), "validation" (200) and "test" (497), no image
+        in two of them.
+    """
+    with reproducible(seed):
+        rng = np.random.default_rng(seed)
+        source, pool, validation, test = digits(rng, (800, 300, 200, 497))
+        few = few_per_class(pool[1], per_class, rng).flatten()
+        rows = {"few": (pool[0][few], pool[1][few]), "validation": validation, "test": test}
+        for kind, strength in TARGETS[target]:
+            for name, (X, y) in rows.items():
+                rows[name] = shift_digits(X, kind, strength=strength, rng=rng), y
+    return {"source": source} | rows
+
+
+def pretrained(seed, *, folder=CACHE):
+    """Train a `TinyTransformer` on a seed's source images, or read it from an earlier run.
+
+    What is kept in `folder` goes by the hash of everything that it depends on: code, library
+    versions, processor settings, seed. A damaged file is told of and made again.
+
+    Parameters
+    ----------
+    seed : int
+    folder : Path, default=CACHE
+        Under ``build/``, which may be deleted at any time.
+
+    Returns
+    -------
+    TinyTransformer
+        In float64.
+    """
+    sources = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+    setting = [os.environ.get(name) for name in ("ATEN_CPU_CAPABILITY", "MKL_CBWR")]
+    machine = [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), *setting]
+    libraries = [version(name) for name in ("torch", "numpy", "scipy", "scikit-learn")]
+    key = hashlib.sha256(repr([sources, machine, libraries, seed]).encode()).hexdigest()
+    path = Path(folder) / f"{key[:32]}.safetensors"
+    with reproducible(seed):
+        model = TinyTransformer()
+        if path.exists():
+            try:
+                load_trainable(model, path)
+                return model
+            except ValueError as error:
+                warnings.warn(f"pre-training anew: {error}", stacklevel=2)
+        source = samples(seed, "faint")["source"]
+        order = torch.Generator().manual_seed(seed)
+        optimizer = Adam(model.parameters(), lr=1e-3, fused=True)
+        train(model, *source, optimizer=optimizer, epochs=40, batch_size=64, generator=order)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_trainable(model, path)
+    return model
+
+
+def start(seed, *, folder=CACHE):
+    """Return a seed's pre-trained model with a fresh head: where every technique starts.
+
+    Parameters
+    ----------
+    seed : int
+    folder : Path, default=CACHE
+        Of `pretrained`.
+
+    Returns
+    -------
+    TinyTransformer
+    """
+    model = pretrained(seed, folder=folder)
+    with reproducible(seed):
+        return with_fresh_head(model)
+
+
+def prepare(model, technique, *, seed=0):
+    """Return a copy of `model` in which `technique` and the head are trainable, nothing else.
+
+    Parameters
+    ----------
+    model : TinyTransformer
+    technique : callable
+        ``technique(model, generator)``, as in `TECHNIQUES`.
+    seed : int, default=0
+        Of the technique's new parameters.
+
+    Returns
+    -------
+    TinyTransformer
+    """
+    model = copy.deepcopy(model)
+    freeze(model)
+    technique(model, torch.Generator().manual_seed(seed))
+    unfreeze(model.head)
+    return model
+
+
+def fit(model, rows, *, lr, epochs=60, name=""):
+    """Train what is trainable, full batch, by Adam.
+
+    Two techniques are ways of training: LoRA+, whose A learns at a sixteenth of the rate of B, and
+    LP-FT, which trains the head for half of the epochs, at 1e-2, and then everything.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Changed in place.
+    rows : tuple of (X, y)
+    lr : float
+        Adam's learning rate.
+    epochs : int, default=60
+    name : str, default=""
+        Of the technique.
+
+    Returns
+    -------
+    dict of str to list of float
+        The history of `train`.
+    """
+    if name == "LP-FT":
+        phases = {"probe_epochs": epochs // 2, "epochs": epochs - epochs // 2, "probe_lr": 1e-2}
+        return lp_ft(model, *rows, lr=lr, **phases)
+    rates = {"": lr / 16, ".lora_B": lr, "head": lr} if name == "LoRA+" else {"": lr}
+    optimizer = Adam(param_groups(model, rates), fused=True)
+    return train(model, *rows, optimizer=optimizer, epochs=epochs)
+
+
+def compare_techniques(
+    seed, *, target, rates, score_on="test", techniques=TECHNIQUES, per_class=10, epochs=60
+):
+    """Train techniques on the same rows from the same start, and score them.
+
+    Parameters
+    ----------
+    seed : int
+        Of the pre-training, the rows, the fresh head and the new parameters.
+    target : str
+        A key of `TARGETS`.
+    rates : dict of str to float or tuple of float
+        Learning rate of each technique to run, or several to try.
+    score_on : {"test", "validation"}
+        Validation images are for choosing `rates`.
+    techniques : dict of str to callable, default=TECHNIQUES
+        As in `prepare`. "from scratch" starts from random weights.
+    per_class, epochs : int
+        As in `samples` and `fit`.
+
+    Returns
+    -------
+    dict of str to float
+        "technique", or "technique, rate" where there are several: accuracy in percent; "not
+        adapted", that of the pre-trained model with its own head; and "margin", that of the closest
+        decision.
+    """
+    rows = samples(seed, target, per_class=per_class)
+    transferred = start(seed)
+    scores = {"not adapted": evaluate(pretrained(seed), *rows[score_on])}
+    with reproducible(seed):
+        fresh = TinyTransformer()
+        for name, several in rates.items():
+            for lr in np.atleast_1d(several):
+                begin = fresh if name == "from scratch" else transferred
+                model = prepare(begin, techniques[name], seed=seed)
+                fit(model, rows["few"], lr=float(lr), epochs=epochs, name=name)
+                label = name if np.isscalar(several) else f"{name}, {lr:g}"
+                scores[label] = evaluate(model, *rows[score_on])
+    margin = min(score.margin for score in scores.values())
+    return {name: 100 * score.accuracy for name, score in scores.items()} | {"margin": margin}
+
+
+def try_rates(target, seeds, *, techniques=TECHNIQUES, rates=RATES, workers=None, **options):
+    """Score each technique at each learning rate on validation images.
+
+    Parameters
+    ----------
+    target : str
+        A key of `TARGETS`.
+    seeds : sequence of int
+        Others than those of the measurement.
+    techniques : dict of str to callable, default=TECHNIQUES
+    rates : sequence of float, default=RATES
+    workers : int, optional
+        As in `helpers.study.run_seeds`.
+    **options : object
+        `per_class` and `epochs` of `compare_techniques`.
+
+    Returns
+    -------
+    dict of str to dict of float to float
+        Technique to learning rate to mean accuracy in percent.
+    """
+    experiment = partial(
+        compare_techniques,
+        target=target,
+        rates=dict.fromkeys(techniques, tuple(rates)),
+        score_on="validation",
+        techniques=techniques,
+        **options,
+    )
+    found = run_seeds(experiment, seeds, workers=workers)
+    return {
+        name: {lr: float(found[f"{name}, {lr:g}"].mean().round(9)) for lr in rates}
+        for name in techniques
+    }
+
+
+def operations(model, X, y):
+    """Count the floating-point operations of one training step's forward and backward pass.
+
+    Matrix products and attention are counted, a multiplication and an addition as two; what is left
+    out (element-wise work, the optimiser's step) grows with the tensors' sizes only.
+
+    Parameters
+    ----------
+    model : nn.Module
+    X : Tensor of shape (n, ...)
+    y : int64 Tensor of shape (n,)
+
+    Returns
+    -------
+    int
+    """
+    aten = torch.ops.aten
+    attention = aten._scaled_dot_product_flash_attention_for_cpu
+    more = {  # operators that torch's own list leaves out
+        aten.addmm_: flop_counter.addmm_flop.__wrapped__,
+        attention: flop_counter.sdpa_flop.__wrapped__,
+        getattr(
+            aten, f"{attention.__name__}_backward"
+        ): flop_counter.sdpa_backward_flop.__wrapped__,
+    }
+    counter = flop_counter.FlopCounterMode(display=False, custom_mapping=more)
+    with counter:
+        cross_entropy(model, X, y).backward()
+    model.zero_grad()
+    return counter.get_total_flops()
+
+
+def activation_bytes(model, X, y):
+    """Measure what a forward pass keeps for the backward pass, parameters and input left out.
+
+    Parameters
+    ----------
+    model : nn.Module
+    X : Tensor of shape (n, ...)
+    y : int64 Tensor of shape (n,)
+
+    Returns
+    -------
+    int
+        Bytes, each storage counted once.
+    """
+    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), X, y)}
+    kept = {}
+
+    def _note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(_note, lambda tensor: tensor):
+        loss = cross_entropy(model, X, y)  # holds what is kept until the bytes are added up
+        total = sum(kept.values())
+    del loss
+    return total
+
+
+def step_memory(trainable, total, activations, *, weight=8, gradient=8, state=16):
+    """Return the memory of a training step, by what it is for.
+
+    Parameters
+    ----------
+    trainable, total : int
+        Parameters.
+    activations : int
+        Bytes kept for the backward pass.
+    weight, gradient, state : int
+        Bytes of each weight, of each trained weight's gradient and of its optimiser state; the
+        defaults are those of Adam in float64: two moments.
+
+    Returns
+    -------
+    dict of str to int
+        Bytes.
+    """
+    return {
+        "weights": weight * total,
+        "gradients": gradient * trainable,
+        "optimiser state": state * trainable,
+        "activations": activations,
+    }
+
+
+def linear_weights(model):
+    """Return the effective weights of a transformer's linear layers in its blocks, adapters merged.
+
+    Parameters
+    ----------
+    model : TinyTransformer
+
+    Returns
+    -------
+    dict of str to Tensor of shape (out, in)
+    """
+    model = copy.deepcopy(model)
+    inject.merge(model)
+    return {
+        name: module.weight.detach()
+        for name, module in model.blocks.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+
+
+def intruders(W, W0, *, k=8, threshold=0.6):
+    """Count intruder dimensions: new directions among the strongest of a trained weight.
+
+    Of W's `k` leading left singular vectors, those whose cosine with every one of W0's is below
+    `threshold` in absolute value.
+
+    Parameters
+    ----------
+    W, W0 : Tensor of shape (out, in)
+        The trained and the pre-trained weight.
+    k : int, default=8
+    threshold : float, default=0.6
+
+    Returns
+    -------
+    int
+
+    References
+    ----------
+    Shuttleworth et al. (2024), section 3, arXiv:2410.21228.
+    """
+    U, U0 = (torch.linalg.svd(M, full_matrices=False).U for M in (W, W0))
+    return int(((U[:, :k].T @ U0).abs().amax(1) < threshold).sum())
+
+
+def magnitude_and_direction(W, W0):
+    """Return how far rows changed in length and in direction, as means over the rows.
+
+    Parameters
+    ----------
+    W, W0 : Tensor of shape (out, in)
+
+    Returns
+    -------
+    magnitude : float
+        Mean of | ||w|| - ||w0|| |.
+    direction : float
+        Mean of 1 - cos(w, w0).
+
+    References
+    ----------
+    Liu et al. (2024), section 3.2, arXiv:2402.09353.
+    """
+    magnitude = (W.norm(dim=1) - W0.norm(dim=1)).abs().mean()
+    direction = (1 - torch.cosine_similarity(W, W0, dim=1)).mean()
+    return float(magnitude), float(direction)
+
+
+def update_spectrum(seed, *, target, rates, per_class=10, epochs=60):
+    """Train techniques and look at what they did to the weights of the blocks.
+
+    Parameters
+    ----------
+    seed : int
+    target : str
+        A key of `TARGETS`.
+    rates : dict of str to float
+        Learning rate of each technique; each must be mergeable.
+    per_class, epochs : int
+        As in `samples` and `fit`.
+
+    Returns
+    -------
+    dict of str to float
+        Means over the weight matrices: "technique/share", the percentage of the update's squared
+        singular values that the four largest hold; "technique/size", its Frobenius norm in percent
+        of the weight's; "technique/intruders" among the eight leading directions.
+    """
+    rows, transferred = samples(seed, target, per_class=per_class), start(seed)
+    before, found = linear_weights(transferred), {}
+    for name, lr in rates.items():
+        model = prepare(transferred, TECHNIQUES[name], seed=seed)
+        fit(model, rows["few"], lr=lr, epochs=epochs)
+        after, looks = linear_weights(model), []
+        for layer, W0 in before.items():
+            energy = torch.linalg.svdvals(after[layer] - W0) ** 2
+            size = (energy.sum() / (W0**2).sum()).sqrt()
+            looks.append((energy[:4].sum() / energy.sum(), size, intruders(after[layer], W0)))
+        share, size, count = np.mean(looks, axis=0)
+        found |= {f"{name}/share": 100 * share, f"{name}/size": 100 * size}
+        found[f"{name}/intruders"] = count
+    return found
+
+
+def demonstrate(name, seed, *, target, lr, epochs=60, per_class=10):
+    """Inject one technique, train it, and check what it promises.
+
+    Parameters
+    ----------
+    name : str
+        A key of `TECHNIQUES`.
+    seed : int
+    target : str
+        A key of `TARGETS`.
+    lr : float
+    epochs, per_class : int
+        As in `fit` and `samples`.
+
+    Returns
+    -------
+    model : TinyTransformer
+        As trained.
+    history : dict of str to list of float
+    facts : list of str
+        What was adapted, counted, checked and scored, to be printed.
+    """
+    rows, begin = samples(seed, target, per_class=per_class), start(seed)
+    X, _ = rows["few"]
+    model = prepare(begin, TECHNIQUES[name], seed=seed)
+    ends = ", ".join(dict.fromkeys(n.rpartition(".")[2] for n in inject.adapters(model)))
+    counted = count_parameters(model)
+    gap = float((predict(model, X) - predict(begin, X)).abs().max())
+    before = copy.deepcopy(model)
+    history = fit(model, rows["few"], lr=lr, epochs=epochs, name=name)
+    frozen = {k for k, p in model.named_parameters() if not p.requires_grad}
+    frozen |= {k for k, _ in model.named_buffers()}
+    then, now = before.state_dict(), model.state_dict()
+    moved = sum(not torch.equal(now[k], then[k]) for k in frozen)
+    logits = predict(model, X)
+    with inject.adapters_disabled(model):
+        off = torch.equal(predict(model, X), _with_head(begin, model, X))
+    merged = copy.deepcopy(model)
+    try:
+        inject.merge(merged)
+        plain = not any(True for m in merged.modules() if isinstance(m, Adapter))
+        same = float((predict(merged, X) - logits).abs().max()) < 1e-10
+        told = f"merged into plain layers: {plain}, same outputs: {same}"
+    except ValueError:
+        told = "stays as it is: there is no plain layer that computes the same"
+    changed = "as before" if gap < 1e-10 else "changed by its new tokens"
+    return (
+        model,
+        history,
+        [
+            f"Adapted: {len(inject.adapters(model))} modules ({ends})",
+            f"{counted}, {count_parameters(model.head).trainable:,} of them in the head",
+            f"Outputs after injection, before training: {changed}",
+            f"Frozen tensors that moved in {epochs} steps: {moved} of {len(frozen)}",
+            f"Disabled, the base's outputs return exactly: {off}",
+            f"After training: {told}",
+            f"Test rows right: {evaluate(model, *rows['test']).correct} of {len(rows['test'][1])}",
+        ],
+    )
+
+
+def _with_head(base, model, X):
+    """Outputs of `base` under the head of `model`."""
+    base = copy.deepcopy(base)
+    base.head = model.head
+    return predict(base, X)
