@@ -432,7 +432,7 @@ def plot_page(ax, points, families):
     styles = zip(kinds, COLOURS, MARKERS, strict=False)
     dots = [ax.scatter([], [], s=50, color=c, marker=m, label=kind) for kind, c, m in styles]
     rings = [
-        ax.scatter([], [], s=200 * share, color="none", edgecolor=LINE, label=f"{size:.2g} MFLOP")
+        ax.scatter([], [], s=200 * share, color="none", edgecolor=LINE, label=f"{size:,.3g} MFLOP")
         for share, size in ((share, share * most / 1e6) for share in (0.25, 0.5, 1))
     ]
     place = dict(borderaxespad=0.3, columnspacing=1.2, handletextpad=0.4)
@@ -475,7 +475,7 @@ def _label(ax, places):
         text.arrow_patch.set_visible(radius > 8)
 
 
-def plot_grid(ax, values, rows, columns, *, xlabel, ylabel):
+def plot_grid(ax, values, rows, columns, *, xlabel, ylabel, limits=(None, None)):
     """Draw a table as a heat map with its numbers in the cells.
 
     Parameters
@@ -486,8 +486,11 @@ def plot_grid(ax, values, rows, columns, *, xlabel, ylabel):
         What the rows and the columns are called.
     xlabel, ylabel : str
         What varies between columns, and between rows.
+    limits : tuple of (float, float), optional
+        Values at the ends of the colours, for tables that are compared.
     """
-    image = ax.imshow(values, cmap="viridis", aspect="auto")
+    low, high = limits
+    image = ax.imshow(values, cmap="viridis", aspect="auto", vmin=low, vmax=high)
     for (row, column), value in np.ndenumerate(np.asarray(values)):
         bright = np.dot(image.to_rgba(value)[:3], (0.299, 0.587, 0.114)) > 0.5
         style = dict(ha="center", va="center", color="black" if bright else "white")

@@ -151,21 +151,23 @@ def summarize(results):
     return summaries
 
 
-def close_calls(margins):
+def close_calls(margins, *, drift=DRIFT):
     """Say in how many seeds a decision was so close that another processor might turn it.
 
     Parameters
     ----------
     margins : array of shape (n,)
         Each seed's closest decision, a gap between two logits.
+    drift : float, default=DRIFT
+        By how much the logits of two processors were seen to differ.
 
     Returns
     -------
     str
         Counts the margins below 100 x the measured drift between processors.
     """
-    near = int((np.asarray(margins) < 100 * DRIFT).sum())
-    return f"Seeds with a decision closer than {100 * DRIFT:.0e} logits: {near} of {len(margins)}"
+    near = int((np.asarray(margins) < 100 * drift).sum())
+    return f"Seeds with a decision closer than {100 * drift:.0e} logits: {near} of {len(margins)}"
 
 
 class Comparison(NamedTuple):

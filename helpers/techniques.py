@@ -26,7 +26,10 @@ from helpers.training import cross_entropy, evaluate, predict, train
 
 CACHE = Path(__file__).parent.parent / "build" / "pretrained"
 LINEAR = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+DRIFT = 1e-8  # logits of two processors differ by less in these studies: 8e-9 was measured
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # validation rows decide which of these a technique gets
+# At the last rate these are so unstable that rounding grows until processors disagree
+UNSTABLE = ("from scratch", "full fine-tuning", "LoRA", "PiSSA", "DoRA")
 TARGETS = {  # what the target images went through, in order: kind and strength of `shift_digits`
     "faint": [("contrast", 0.3), ("noise", 0.1)],
     "turned": [("rotation", 90.0)],
@@ -106,16 +109,17 @@ def samples(seed, target, *, per_class=10):
     -------
     dict of str to (X, y)
         "source" (800 rows), "few" (10 * per_class), "validation" (200) and "test" (497), no image
-        in two of them.
+        in two of them. Only "few" depends on `per_class`.
     """
     with reproducible(seed):
         rng = np.random.default_rng(seed)
         source, pool, validation, test = digits(rng, (800, 300, 200, 497))
-        few = few_per_class(pool[1], per_class, rng).flatten()
-        rows = {"few": (pool[0][few], pool[1][few]), "validation": validation, "test": test}
+        few = few_per_class(pool[1], 25, rng)[:, :per_class].flatten()  # fewer are part of more
+        rows = {"few": pool, "validation": validation, "test": test}
         for kind, strength in TARGETS[target]:
             for name, (X, y) in rows.items():
                 rows[name] = shift_digits(X, kind, strength=strength, rng=rng), y
+        rows["few"] = tuple(part[few] for part in rows["few"])
     return {"source": source} | rows
 
 
@@ -153,7 +157,7 @@ def pretrained(seed, *, folder=CACHE):
         source = samples(seed, "faint")["source"]
         order = torch.Generator().manual_seed(seed)
         optimizer = Adam(model.parameters(), lr=1e-3, fused=True)
-        train(model, *source, optimizer=optimizer, epochs=40, batch_size=64, generator=order)
+        train(model, *source, optimizer=optimizer, epochs=30, batch_size=64, generator=order)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_trainable(model, path)
     return model
@@ -199,7 +203,7 @@ def prepare(model, technique, *, seed=0):
     return model
 
 
-def fit(model, rows, *, lr, epochs=60, name=""):
+def fit(model, rows, *, lr, epochs=40, name=""):
     """Train what is trainable, full batch, by Adam.
 
     Two techniques are ways of training: LoRA+, whose A learns at a sixteenth of the rate of B, and
@@ -212,14 +216,14 @@ def fit(model, rows, *, lr, epochs=60, name=""):
     rows : tuple of (X, y)
     lr : float
         Adam's learning rate.
-    epochs : int, default=60
+    epochs : int, default=40
     name : str, default=""
         Of the technique.
 
     Returns
     -------
     dict of str to list of float
-        The history of `train`.
+        The history of `train`, of LP-FT's second phase.
     """
     if name == "LP-FT":
         phases = {"probe_epochs": epochs // 2, "epochs": epochs - epochs // 2, "probe_lr": 1e-2}
@@ -230,7 +234,7 @@ def fit(model, rows, *, lr, epochs=60, name=""):
 
 
 def compare_techniques(
-    seed, *, target, rates, score_on="test", techniques=TECHNIQUES, per_class=10, epochs=60
+    seed, *, target, rates, score_on="test", techniques=TECHNIQUES, per_class=10, epochs=40
 ):
     """Train techniques on the same rows from the same start, and score them.
 
@@ -291,19 +295,22 @@ def try_rates(target, seeds, *, techniques=TECHNIQUES, rates=RATES, workers=None
     Returns
     -------
     dict of str to dict of float to float
-        Technique to learning rate to mean accuracy in percent.
+        Technique to learning rate to mean accuracy in percent. 0.03 is left out for `UNSTABLE`.
     """
+    several = {
+        name: tuple(lr for lr in rates if lr < 3e-2 or name not in UNSTABLE) for name in techniques
+    }
     experiment = partial(
         compare_techniques,
         target=target,
-        rates=dict.fromkeys(techniques, tuple(rates)),
+        rates=several,
         score_on="validation",
         techniques=techniques,
         **options,
     )
     found = run_seeds(experiment, seeds, workers=workers)
     return {
-        name: {lr: float(found[f"{name}, {lr:g}"].mean().round(9)) for lr in rates}
+        name: {lr: float(found[f"{name}, {lr:g}"].mean().round(9)) for lr in several[name]}
         for name in techniques
     }
 
@@ -311,8 +318,8 @@ def try_rates(target, seeds, *, techniques=TECHNIQUES, rates=RATES, workers=None
 def operations(model, X, y):
     """Count the floating-point operations of one training step's forward and backward pass.
 
-    Matrix products and attention are counted, a multiplication and an addition as two; what is left
-    out (element-wise work, the optimiser's step) grows with the tensors' sizes only.
+    Matrix products and attention are counted, a multiplication and an addition as two. Element-wise
+    work, the optimiser's step and the small matrices that OFT inverts are left out.
 
     Parameters
     ----------
@@ -464,7 +471,7 @@ def magnitude_and_direction(W, W0):
     return float(magnitude), float(direction)
 
 
-def update_spectrum(seed, *, target, rates, per_class=10, epochs=60):
+def update_spectrum(seed, *, target, rates, per_class=10, epochs=40):
     """Train techniques and look at what they did to the weights of the blocks.
 
     Parameters
@@ -487,11 +494,14 @@ def update_spectrum(seed, *, target, rates, per_class=10, epochs=60):
     rows, transferred = samples(seed, target, per_class=per_class), start(seed)
     before, found = linear_weights(transferred), {}
     for name, lr in rates.items():
+        _check_transferred(name)
         model = prepare(transferred, TECHNIQUES[name], seed=seed)
-        fit(model, rows["few"], lr=lr, epochs=epochs)
+        fit(model, rows["few"], lr=lr, epochs=epochs, name=name)
         after, looks = linear_weights(model), []
         for layer, W0 in before.items():
             energy = torch.linalg.svdvals(after[layer] - W0) ** 2
+            if not energy.sum() > 0:
+                raise ValueError(f"{name!r} leaves {layer!r} as it is: it has no update to look at")
             size = (energy.sum() / (W0**2).sum()).sqrt()
             looks.append((energy[:4].sum() / energy.sum(), size, intruders(after[layer], W0)))
         share, size, count = np.mean(looks, axis=0)
@@ -500,7 +510,7 @@ def update_spectrum(seed, *, target, rates, per_class=10, epochs=60):
     return found
 
 
-def demonstrate(name, seed, *, target, lr, epochs=60, per_class=10):
+def demonstrate(name, seed, *, target, lr, epochs=40, per_class=10):
     """Inject one technique, train it, and check what it promises.
 
     Parameters
@@ -522,9 +532,11 @@ def demonstrate(name, seed, *, target, lr, epochs=60, per_class=10):
     facts : list of str
         What was adapted, counted, checked and scored, to be printed.
     """
+    _check_transferred(name)
     rows, begin = samples(seed, target, per_class=per_class), start(seed)
     X, _ = rows["few"]
     model = prepare(begin, TECHNIQUES[name], seed=seed)
+    n = len(inject.adapters(model))
     ends = ", ".join(dict.fromkeys(n.rpartition(".")[2] for n in inject.adapters(model)))
     counted = count_parameters(model)
     gap = float((predict(model, X) - predict(begin, X)).abs().max())
@@ -550,7 +562,7 @@ def demonstrate(name, seed, *, target, lr, epochs=60, per_class=10):
         model,
         history,
         [
-            f"Adapted: {len(inject.adapters(model))} modules ({ends})",
+            f"Adapted: {n} module{'s' * (n != 1)} ({ends})",
             f"{counted}, {count_parameters(model.head).trainable:,} of them in the head",
             f"Outputs after injection, before training: {changed}",
             f"Frozen tensors that moved in {epochs} steps: {moved} of {len(frozen)}",
@@ -559,6 +571,11 @@ def demonstrate(name, seed, *, target, lr, epochs=60, per_class=10):
             f"Test rows right: {evaluate(model, *rows['test']).correct} of {len(rows['test'][1])}",
         ],
     )
+
+
+def _check_transferred(name):
+    if name == "from scratch":
+        raise ValueError("'from scratch' has no pre-trained start: compare_techniques runs it")
 
 
 def _with_head(base, model, X):

@@ -15,6 +15,7 @@ from helpers.execute import execute, parameters
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 PART1 = ROOT / "notebooks" / "01_transfer_learning.ipynb"
+PART2 = ROOT / "notebooks" / "02_peft_techniques.ipynb"
 SEED = """
 Train: torch.Size([400, 20])  |  Test: torch.Size([100, 20])  |  Classes: 4
 Pre-trained base accuracy: 81.00%
@@ -116,13 +117,27 @@ def test_a_fall_is_printed_as_a_fall(sections):
     assert found[1] == "Fall" and float(found[2]) < 0
 
 
-def test_the_whole_notebook_runs_with_other_parameters(tmp_path):
-    path = tmp_path / "notebooks" / PART1.name
+OTHER = {
+    PART1: (
+        {"n_seeds": 10, "n_classes": 2, "hidden": 8, "seed": 3, "workers": 1},
+        ["10 seeds", "n = 2 seeds"],
+    ),
+    PART2: (
+        {"n_seeds": 4, "tuning_seeds": 1, "epochs": 5, "per_class": 3, "r": 2, "seed": 3}
+        | {"lora_alpha": 1.0, "workers": 1},
+        ["logits: 0 of 4", "Trainable: 748 / 8,332", "few 30, validation 200", "logits: 0 of 2"],
+    ),
+}
+
+
+@pytest.mark.parametrize("part", OTHER, ids=lambda p: p.stem)
+def test_the_whole_notebook_runs_with_other_parameters(part, tmp_path):
+    path = tmp_path / "notebooks" / part.name
     path.parent.mkdir()
-    path.write_bytes(PART1.read_bytes())
-    built = execute(path, {"n_seeds": 10, "n_classes": 2, "hidden": 8, "seed": 3, "workers": 1})
-    lines = printed(nbformat.read(built, as_version=4))
-    assert any("10 seeds" in line for line in lines) and any("n = 2 seeds" in x for x in lines)
+    path.write_bytes(part.read_bytes())
+    values, wanted = OTHER[part]
+    lines = printed(nbformat.read(execute(path, values), as_version=4))
+    assert [text for text in wanted if not any(text in line for line in lines)] == []
 
 
 BAD = [
@@ -145,11 +160,26 @@ BAD = [
     ("threads", 0, "threads = 0 must be from 1"),
     ("seed", -1, "seed = -1 must be from 0"),
 ]
+BAD2 = [
+    ("r", 21, "r = 21 must be from 1 to 20"),
+    ("r", 4.0, "r = 4.0 must be an integer from 1 to 20"),
+    ("lora_alpha", 0.0, "lora_alpha = 0.0 must be from 0.01"),
+    ("per_class", 1, "per_class = 1 must be from 2 to 20"),
+    ("epochs", 4, "epochs = 4 must be from 5"),
+    ("n_seeds", 3, "n_seeds = 3 must be from 4"),
+    ("tuning_seeds", 0, "tuning_seeds = 0 must be from 1"),
+    ("workers", 65, "workers = 65 must be from 0"),
+    ("threads", 0, "threads = 0 must be from 1"),
+    ("seed", -1, "seed = -1 must be from 0"),
+]
+ALL_BAD = [(PART1, *case) for case in BAD] + [(PART2, *case) for case in BAD2]
 
 
-@pytest.mark.parametrize("name, value, told", BAD, ids=[f"{n}={v}" for n, v, _ in BAD])
-def test_a_bad_value_stops_in_the_first_cells_with_one_sentence(name, value, told):
-    code = [c for c in nbformat.read(PART1, as_version=4).cells if c.cell_type == "code"][:4]
+@pytest.mark.parametrize(
+    "part, name, value, told", ALL_BAD, ids=[f"{p.stem[:2]}-{n}={v}" for p, n, v, _ in ALL_BAD]
+)
+def test_a_bad_value_stops_in_the_first_cells_with_one_sentence(part, name, value, told):
+    code = [c for c in nbformat.read(part, as_version=4).cells if c.cell_type == "code"][:4]
     kernel, style = {"display": print}, dict(plt.rcParams)
     threads = torch.get_num_threads()
     try:
@@ -164,8 +194,9 @@ def test_a_bad_value_stops_in_the_first_cells_with_one_sentence(name, value, tol
     assert told in str(error.value) and "\n" not in str(error.value)
 
 
-def test_every_parameter_is_described_with_its_range():
-    listed = parameters(nbformat.read(PART1, as_version=4))
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_every_parameter_is_described_with_its_range(path):
+    listed = parameters(nbformat.read(path, as_version=4))
     for name, (_, meaning) in listed.items():
         assert re.search(r"\d.* to (\d|the number of cores)", meaning), f"{name}: {meaning}"
 
@@ -193,6 +224,7 @@ def test_no_decision_behind_a_printed_number_is_close(path):
     assert told and all(re.search(r"logits: 0 of \d+$", line) for line in told)
 
 
+CLAIMS2 = []
 CLAIMS = [  # cell of the prose, cell of the output it rests on, what must stand there
     ("loss-look", "corrections", r"(extraction|tuning) trained longer .* better", 2),
     ("luck-look", "luck-table", r"^after adaptation .* above 100% of the seeds", 1),
@@ -240,9 +272,12 @@ CLAIMS = [  # cell of the prose, cell of the output it rests on, what must stand
 ]
 
 
-@pytest.mark.parametrize("prose, output, line, times", CLAIMS)
-def test_prose_says_what_the_output_says(prose, output, line, times):
-    cells = {c.id: c for c in nbformat.read(PART1, as_version=4).cells}
+ALL_CLAIMS = [(PART1, *claim) for claim in CLAIMS] + [(PART2, *claim) for claim in CLAIMS2]
+
+
+@pytest.mark.parametrize("part, prose, output, line, times", ALL_CLAIMS)
+def test_prose_says_what_the_output_says(part, prose, output, line, times):
+    cells = {c.id: c for c in nbformat.read(part, as_version=4).cells}
     texts = [
         o.get("text") or o.get("data", {}).get("text/markdown", "") for o in cells[output].outputs
     ]

@@ -431,6 +431,7 @@ def test_grid_has_its_numbers_in_its_cells(ax):
     drawn = {t.get_position(): t.get_text() for t in ax.texts}
     assert drawn == {(c, r): f"{values[r, c]:.1f}" for r in range(2) for c in range(3)}
     assert np.array_equal(ax.images[0].get_array(), values)
+    assert ax.images[0].get_clim() == (1.26, 60)
     assert [t.get_text() for t in ax.get_xticklabels()] == ["1", "2", "4"]
     assert [t.get_text() for t in ax.get_yticklabels()] == ["a", "b"]
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("rank", "rate")
@@ -438,3 +439,9 @@ def test_grid_has_its_numbers_in_its_cells(ax):
         paper = np.dot(ax.images[0].to_rgba(value)[:3], (0.299, 0.587, 0.114))
         ink = {"black": 0, "white": 1}[text.get_color()]
         assert abs(paper - ink) >= 0.5
+
+
+def test_grids_that_are_compared_share_their_colours(ax):
+    limits, names = (0, 80), {"xlabel": "rank", "ylabel": "rate"}
+    plotting.plot_grid(ax, [[10, 20]], ["a"], [1, 2], **names, limits=limits)
+    assert ax.images[0].get_clim() == limits

@@ -263,3 +263,5 @@ def test_close_calls_are_counted():
     assert (
         close_calls([1e-9, 1e-3, 2.0]) == "Seeds with a decision closer than 1e-07 logits: 1 of 3"
     )
+    told = "Seeds with a decision closer than 1e-02 logits: 2 of 3"
+    assert close_calls([1e-9, 1e-3, 2.0], drift=1e-4) == told
