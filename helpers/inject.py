@@ -8,6 +8,7 @@ changed.
 """
 
 from contextlib import contextmanager
+from numbers import Integral
 
 import torch
 from torch import nn
@@ -91,8 +92,8 @@ def inject_vera(model, targets, *, r=256, d_initial=0.1, generator=None):
     -------
     list of str
     """
-    if r < 1:
-        raise ValueError(f"rank r={r} must be 1 or more")
+    if not isinstance(r, Integral) or r < 1:
+        raise ValueError(f"rank r={r} must be an integer, 1 or more")
     found = find(model, targets)
     for name, base in found.items():
         _naming(name, layers.check_linear, base)
@@ -241,7 +242,7 @@ def inject_bitfit(model, targets=None):
     """
     everywhere = targets is None
     found = _own(model, lambda m: _has(m, "bias")) if everywhere else find(model, targets)
-    return replace(model, found, lambda base: _tuned(base, ["bias"]))
+    return replace(model, found, lambda base: _tuned(model, base, ["bias"]))
 
 
 def inject_layer_norm(model, targets=None):
@@ -264,7 +265,7 @@ def inject_layer_norm(model, targets=None):
     everywhere = targets is None
     found = _own(model, lambda m: isinstance(m, norms)) if everywhere else find(model, targets)
     names = {base: [n for n in ("weight", "bias") if _has(base, n)] for base in found.values()}
-    return replace(model, found, lambda base: _tuned(base, names[base]))
+    return replace(model, found, lambda base: _tuned(model, base, names[base]))
 
 
 def adapters(model):
@@ -338,7 +339,7 @@ def merge(model):
                     f"{names[id(p)]} are tied, so merging {name!r} would change both: untie them by"
                     " copying the parameter"
                 )
-    for name, adapter in found.items():
+    for name, adapter in reversed(found.items()):  # inner ones first
         _set(model, name, adapter.merged())
     return list(found)
 
@@ -446,10 +447,19 @@ def _naming(name, function, base):
         raise ValueError(f"{name!r}: {error}") from None
 
 
-def _tuned(base, names):
+def _tuned(model, base, names):
     if not names or not all(_has(base, name) for name in names):
         wanted = " or ".join(names or ["weight"])
         raise ValueError(f"{type(base).__name__} has no parameter {wanted} to train")
+    if getattr(base, "running_mean", None) is not None:
+        kind = type(base).__name__
+        raise ValueError(
+            f"a {kind} keeps running statistics, which training would move: leave it out"
+        )
+    held = [p for _, p in model.named_parameters(remove_duplicate=False)]
+    for name in names:
+        if sum(p is getattr(base, name) for p in held) > 1:
+            raise ValueError(f"its {name} is tied to another layer's: untie them by copying it")
     return layers.Tuned(base, names)
 
 
@@ -460,7 +470,10 @@ def _has(module, name):
 def _own(model, wanted):
     """Return the modules that are `wanted`, those which have or are adapters left out."""
     taken = {part for adapter in adapters(model).values() for part in (adapter, adapter.base)}
-    found = {n: m for n, m in model.named_modules() if n and m not in taken and wanted(m)}
+    if wanted(model):
+        kind = type(model).__name__
+        raise ValueError(f"a parameter sits on the {kind} itself: move it into a child module")
+    found = {n: m for n, m in model.named_modules() if m not in taken and wanted(m)}
     if not found:
         raise ValueError(f"{type(model).__name__} has no layer of that kind to train")
     return found

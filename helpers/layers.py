@@ -6,6 +6,7 @@ row of x is an example. New parameters have the base's dtype and device.
 
 import inspect
 import math
+from numbers import Integral, Real
 
 import torch
 from torch import nn
@@ -91,13 +92,14 @@ class LoRA(Adapter):
         self, base, r, lora_alpha, *, rslora=False, dropout=0.0, init="lora", generator=None
     ):
         d_in, d_out = check_linear(base)
-        if not isinstance(r, int) or not 1 <= r <= min(d_in, d_out):
+        if not isinstance(r, Integral) or not 1 <= r <= min(d_in, d_out):
             side = min(d_in, d_out)
             raise ValueError(f"rank r={r} must be an integer from 1 to {side}, the smaller side")
-        if not lora_alpha > 0:
-            raise ValueError(f"lora_alpha={lora_alpha} must be above 0")
+        if not isinstance(lora_alpha, Real) or not 0 < lora_alpha < math.inf:
+            raise ValueError(f"lora_alpha={lora_alpha!r} must be above 0, and a finite number")
         if init not in ("lora", "pissa"):
             raise ValueError(f'init={init!r} must be "lora" or "pissa"')
+        r, lora_alpha = int(r), float(lora_alpha)
         settings = dict(r=r, lora_alpha=lora_alpha, rslora=rslora, dropout=dropout, init=init)
         super().__init__(base, **settings)
         self.scaling = lora_alpha / (math.sqrt(r) if rslora else r)
@@ -293,11 +295,12 @@ class OFT(Adapter):
 
     def __init__(self, base, block_size):
         d_in, _ = check_linear(base)
-        if block_size < 2 or d_in % block_size:
+        if not isinstance(block_size, Integral) or block_size < 2 or d_in % block_size:
             fit = [b for b in range(2, d_in + 1) if d_in % b == 0]
             raise ValueError(
                 f"block_size={block_size} must divide in_features={d_in}: one of {fit}"
             )
+        block_size = int(block_size)
         super().__init__(base, block_size=block_size)
         n = block_size * (block_size - 1) // 2
         self.oft_R = nn.Parameter(base.weight.new_zeros(d_in // block_size, n))
@@ -499,7 +502,7 @@ def add_low_rank(y, x, A, B, scaling):
     Parameters
     ----------
     y : Tensor of shape (..., out)
-        Overwritten.
+        Overwritten: a forward hook that keeps the base's output sees it changed.
     x : Tensor of shape (..., in)
     A : Tensor of shape (r, in)
     B : Tensor of shape (out, r)
@@ -519,8 +522,7 @@ class AddLowRank(torch.autograd.Function):
     """y += scaling * x A' B' in place, the thin product A x' kept as (r, N).
 
     Plain autograd makes two more tensors as large as y and multiplies thin matrices in the layout
-    that the BLAS is slow at. With autocast, forward-mode or double differentiation use the plain
-    equation.
+    that the BLAS is slow at. Differentiating twice, or by torch.func, is not supported.
     """
 
     @staticmethod
@@ -566,9 +568,15 @@ def check_linear(base):
     -------
     in_features, out_features : int
     """
-    if not (isinstance(base, nn.Linear) or is_conv1d(base)):
-        kind = type(base).__name__
+    kind = type(base).__name__
+    plain = isinstance(base, nn.Linear) and type(base).forward is nn.Linear.forward
+    if not (plain or is_conv1d(base)):
         raise ValueError(f"a {kind} is neither torch's Linear nor transformers' Conv1D")
+    if "weight" not in base._parameters:
+        raise ValueError(
+            f"this {kind} computes its weight from others: end that (pruning, weight"
+            " norm or another parametrisation) first"
+        )
     return sizes(base)
 
 
@@ -589,8 +597,8 @@ def check_tokens(num_virtual_tokens):
     ----------
     num_virtual_tokens : int
     """
-    if num_virtual_tokens < 1:
-        raise ValueError(f"num_virtual_tokens={num_virtual_tokens} must be 1 or more")
+    if not isinstance(num_virtual_tokens, Integral) or num_virtual_tokens < 1:
+        raise ValueError(f"num_virtual_tokens={num_virtual_tokens} must be an integer, 1 or more")
 
 
 def sizes(base):

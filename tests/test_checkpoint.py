@@ -226,15 +226,18 @@ def lora(targets=QV, **settings):
     return model
 
 
-Q = r"'blocks.0.attention.q_proj' is LoRA\(r=4, lora_alpha=16, rslora=False, init=lora\) in "
+Q = r"'blocks.0.attention.q_proj' is LoRA\(r=4, lora_alpha=16.0, rslora=False, init=lora\) in "
 HEAD = r"'head.bias' is torch.float64 \(10,\) in .*, but not trained "
 
 
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: lora(r=2), Q + r".*, but LoRA\(r=2, lora_alpha=16, .* in the model: inject what"),
-        (lambda: lora(r=4, lora_alpha=8), Q + r".* but LoRA\(r=4, lora_alpha=8, "),
+        (
+            lambda: lora(r=2),
+            Q + r".*, but LoRA\(r=2, lora_alpha=16.0, .* in the model: inject what",
+        ),
+        (lambda: lora(r=4, lora_alpha=8), Q + r".* but LoRA\(r=4, lora_alpha=8.0, "),
         (lambda: lora(r=4, rslora=True), Q + r".* rslora=True"),
         (lambda: lora(r=4, init="pissa"), Q + r".* init=pissa"),
         (lambda: prepared("dora"), Q + r".* but DoRA\(r=4"),

@@ -224,7 +224,6 @@ def test_no_decision_behind_a_printed_number_is_close(path):
     assert told and all(re.search(r"logits: 0 of \d+$", line) for line in told)
 
 
-CLAIMS2 = []
 CLAIMS = [  # cell of the prose, cell of the output it rests on, what must stand there
     ("loss-look", "corrections", r"(extraction|tuning) trained longer .* better", 2),
     ("luck-look", "luck-table", r"^after adaptation .* above 100% of the seeds", 1),
@@ -272,6 +271,34 @@ CLAIMS = [  # cell of the prose, cell of the output it rests on, what must stand
 ]
 
 
+CLAIMS2 = [
+    ("memory-look", "memory", r"^7B, full .* activations 8%|^7B, LoRA .* activations 40%", 2),
+    ("rates-look", "rates-reversed", r"^(1 +LP-FT|2 +full fine-tuning|3 +PiSSA)", 3),
+    ("rates-look", "rates-reversed", r"^1[7-9] +(Layer|VeRA|adapters, H)", 3),
+    ("rates-look", "rates-reversed", r"^\d +\S.*  (Layer|VeRA|adapters, H)\S* .*  ", 3),
+    ("rates-look", "rates-reversed", r"^15 .* PiSSA|^17 .* full fine-tuning", 2),
+    ("page-look", "page-table", r"^\| from scratch .*-2\d\.\d [^|]*▼ \|[^|]*▼ \|$", 1),
+    (
+        "page-look",
+        "page-table",
+        r"^\| (Layer|Bi|Ve|OFT|LP|ad|\(IA)[^|]*\|([^|]*\|){4}[^▼▲]*\|.*\|$",
+        9,
+    ),
+    ("page-look", "page-table", r"^\| LoRA \|[^▼]*▼ \|[^▼▲]*$", 1),
+    ("page-look", "page-table", r"^\| (LP-FT|BitFit|OFT) \|([^|]*\|){5}[^|]*▲ \|$", 3),
+    ("page-look", "page-table", r"^\| prompt tuning \|.*-1\d\.\d [^|]*▼ \|.*▼ \|$", 1),
+    ("page-look", "page-table", r"^\| (PiSSA|linear|prefix)[^|]*\|([^|]*\|){3} 5[345]\.\d", 3),
+    ("far-look", "far-table", r"^\| (from scratch|OFT) \|[^▼▲]*$", 2),
+    ("far-look", "far-table", r"^\| (LoRA|DoRA)( on q, v)? \|.*-[2-5]\.\d [^|]*▼", 3),
+    ("far-look", "far-table", r"^\| (BitFit|\(IA\)3|adapters, H\w+) \|.* -(8|9|1\d)\.\d [^|]*▼", 3),
+    ("far-look", "far-table", r"^\| (linear|LP)[^|]*\|.*-\d+\.\d [^|]*▼", 2),
+    ("lens-look", "lens-compare", r"no significant difference", 8),
+    ("lens-look", "lens-compare", r"^(LoRA 16, 16|LoRA 4, 4|rsLoRA 16, 4 +minus rs).*\[\+", 3),
+    ("spectrum-look", "spectrum", r"^\| full fine-tuning \| (69|70|71)\.\d", 1),
+    ("spectrum-look", "spectrum", r"^(LoRA|DoRA)/intruders .*▲$", 2),
+    ("spectrum-look", "spectrum", r"^\| OFT .* 0\.0 \[0\.0, 0\.0\] \|$", 1),
+    ("mistake-head-note", "mistake-head-right", "^Refused: belongs to another base", 1),
+]
 ALL_CLAIMS = [(PART1, *claim) for claim in CLAIMS] + [(PART2, *claim) for claim in CLAIMS2]
 
 

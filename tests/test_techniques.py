@@ -420,7 +420,7 @@ def test_a_demonstration_says_what_holds(name, begin):
     model, history, facts = techniques.demonstrate(name, 0, lr=1e-2, **QUICK)
     modules, ends, count, changed, frozen, after = FACTS[name]
     assert facts == [
-        f"Adapted: {modules} modules ({ends})",
+        f"Adapted: {modules} module{'s' * (modules != 1)} ({ends})",
         f"Trainable: {count}, 330 of them in the head",
         f"Outputs after injection, before training: {changed}",
         f"Frozen tensors that moved in 3 steps: 0 of {frozen}",
@@ -446,3 +446,11 @@ def test_a_demonstration_says_what_does_not_hold(begin, monkeypatch):
         "Disabled, the base's outputs return exactly: False",
         "After training: merged into plain layers: False, same outputs: False",
     ]
+
+
+def test_each_purpose_has_a_stream_of_its_own(begin):
+    lora = prepare(begin, TECHNIQUES["LoRA"], seed=0).blocks[0].attention.q_proj.lora_A
+    initial = next(TinyTransformer().embed.parameters())
+    drawn = [lora.flatten()[:100], begin.head.weight.flatten()[:100], initial.flatten()[:100]]
+    related = np.corrcoef([t.detach().numpy() for t in drawn])
+    assert np.abs(related[np.triu_indices(3, 1)]).max() < 0.4
