@@ -26,7 +26,7 @@ help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
 execute: $(READY) ## run the notebooks top to bottom and store their outputs (ARGS="-p name value" writes to build/ only)
-	$(RUN) helpers.execute $(NOTEBOOKS) --jobs $(JOBS) $(ARGS)
+	$(RUN) helpers.execute --timeout 1800 $(NOTEBOOKS) --jobs $(JOBS) $(ARGS)
 	@test -n "$(ARGS)" || $(MAKE) --silent picture
 
 picture: $(READY) ## take the README's picture out of notebook 1
@@ -49,7 +49,7 @@ check: $(READY) ## canonical form of the stored notebooks, without running them
 	$(RUN) helpers.execute --check $(NOTEBOOKS)
 
 nbval: $(READY) ## run each notebook again and compare every output, figures included
-	$(RUN) pytest -n $(JOBS) --dist loadfile -p tests.gate --nbval --nbval-current-env --nbval-cell-timeout 600 $(NOTEBOOKS)
+	$(RUN) pytest -n $(JOBS) --dist loadfile -p tests.gate --nbval --nbval-current-env --nbval-cell-timeout 1800 $(NOTEBOOKS)
 
 drift: $(READY) ## nbval again under other instruction sets, two threads: outputs must not move
 	ATEN_CPU_CAPABILITY=default $(MAKE) nbval
