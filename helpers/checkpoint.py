@@ -4,7 +4,6 @@ import copy
 import hashlib
 import json
 import math
-import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -14,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from helpers import layers
+from helpers import files, layers
 from helpers.inject import adapters, replace
 
 # Settings in an adapter_config.json that may be left out, with peft's defaults
@@ -58,7 +57,7 @@ def save_trainable(model, path):
         raise ValueError(f"nothing to save: every parameter of {type(model).__name__} is frozen")
     held, base = _split(model)
     found = {n: {"method": type(a).__name__, **a.settings} for n, a in adapters(model).items()}
-    _write(path, _packed(held, base=_digest(base), adapters=json.dumps(found)))
+    files.write(path, _packed(held, base=_digest(base), adapters=json.dumps(found)))
 
 
 @torch.no_grad()
@@ -136,8 +135,8 @@ def save_peft(model, folder):
     data = _packed(_layout(model, copied), config=text)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "adapter_model.safetensors", data)
-    _write(folder / "adapter_config.json", text.encode())
+    files.write(folder / "adapter_model.safetensors", data)
+    files.write(folder / "adapter_config.json", text.encode())
 
 
 @torch.no_grad()
@@ -260,20 +259,6 @@ def _read(path):
     if notes.keys() & {"digest", "config"} and notes.get("digest") != _digest(tensors, **signed):
         raise ValueError(f"{path} is damaged: its digest is that of other contents")
     return tensors, notes
-
-
-def _write(path, data):
-    """Write `data` beside `path`, flush it to the disk, and only then take the file's place."""
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(beside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _in_peft(name, a):

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import nbformat
 
+from helpers import files
+
 TAGS = {"parameters", "raises-exception", "solution"}
 TRACES = re.compile(r"/(?:home|root|tmp|Users)/\S+|\b0x[0-9a-f]{6,}\b")  # of one machine
 DRAWS = re.compile(r"\bplt\.show\(")
@@ -248,7 +250,7 @@ def execute(path, values=None, *, timeout=600):
     if found := faults(nb):
         raise NotebookError("\n".join(found))
     target.parent.mkdir(exist_ok=True)
-    _replace(target, canonical(nb))
+    files.write(target, canonical(nb).encode())
     return target
 
 
@@ -335,19 +337,6 @@ def _blank(png):
 
     pixels = imread(io.BytesIO(base64.b64decode(png)))
     return bool((pixels == pixels[0, 0]).all())
-
-
-def _replace(path, text):
-    """Write `text` beside `path`, flush it to the disk, and only then take the file's place."""
-    beside = path.with_name(f".{path.stem}.{os.getpid()}.tmp.ipynb")
-    try:
-        with open(beside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -654,10 +654,7 @@ def uniform(shape, bound, *, like, generator):
         Gives dtype and device.
     generator : torch.Generator or None
     """
-    if like.is_meta:
-        return like.new_empty(shape)
-    drawn = torch.empty(shape, dtype=like.dtype).uniform_(-bound, bound, generator=generator)
-    return drawn.to(like.device)
+    return _drawn(shape, like, lambda x: x.uniform_(-bound, bound, generator=generator))
 
 
 def normal(shape, std, like, generator):
@@ -670,6 +667,10 @@ def normal(shape, std, like, generator):
     like : Tensor
     generator : torch.Generator or None
     """
+    return _drawn(shape, like, lambda x: x.normal_(0, std, generator=generator))
+
+
+def _drawn(shape, like, fill):
     if like.is_meta:
         return like.new_empty(shape)
-    return torch.empty(shape, dtype=like.dtype).normal_(0, std, generator=generator).to(like.device)
+    return fill(torch.empty(shape, dtype=like.dtype)).to(like.device)

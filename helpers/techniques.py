@@ -333,14 +333,12 @@ def operations(model, X, y):
     int
     """
     aten = torch.ops.aten
-    attention = aten._scaled_dot_product_flash_attention_for_cpu
-    more = {  # operators that torch's own list leaves out
-        aten.addmm_: flop_counter.addmm_flop.__wrapped__,
-        attention: flop_counter.sdpa_flop.__wrapped__,
-        getattr(
-            aten, f"{attention.__name__}_backward"
-        ): flop_counter.sdpa_backward_flop.__wrapped__,
+    more = {  # operators that torch's own list leaves out, and those that they count like
+        aten.addmm_: flop_counter.addmm_flop,
+        aten._scaled_dot_product_flash_attention_for_cpu: flop_counter.sdpa_flop,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_counter.sdpa_backward_flop,
     }
+    more = {operator: formula.__wrapped__ for operator, formula in more.items()}
     counter = flop_counter.FlopCounterMode(display=False, custom_mapping=more)
     with counter:
         cross_entropy(model, X, y).backward()

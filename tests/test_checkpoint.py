@@ -293,7 +293,7 @@ def test_a_failed_write_leaves_the_old_files(call, tmp_path, monkeypatch):
     save_peft(trained(), tmp_path / "folder")
     files = [p for p in tmp_path.rglob("*") if p.is_file()]
     before = {p: p.read_bytes() for p in files}
-    monkeypatch.setattr(checkpoint.os, call, full)
+    monkeypatch.setattr(checkpoint.files.os, call, full)
     for save, name in ((save_trainable, "a"), (save_peft, "folder")):
         with pytest.raises(OSError, match="No space"):
             save(trained(seed=3), tmp_path / name)
