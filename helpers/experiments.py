@@ -97,7 +97,7 @@ def published_protocol(seed, *, labels=20, shift_scale=1.5, **settings):
             if logits.ndim == 1:  # scikit-learn's two classes share one column
                 logits = torch.stack([-logits, logits], 1)
             scores[name] = score(logits, task.y_test)
-    return _percent(scores)
+    return percent(scores)
 
 
 def source_model(start, X, y, *, weights=None):
@@ -208,7 +208,7 @@ def forgetting(seed, *, per_class=20):
                 for n in names:
                     scores |= {f"{n}/target": on_target, f"{n}/source": on_source}
         scores["pre-trained/source"] = evaluate(base, *source_test)
-    return _percent(scores, *validated) | chosen
+    return percent(scores, *validated) | chosen
 
 
 BUDGETS = (1, 3, 10, 30, 50)  # labelled target images of each digit
@@ -255,7 +255,7 @@ def label_budget(seed, *, target, rates, budgets=BUDGETS, score_on="test"):
                     method(model, X, y, lr=float(lr))
                     label = name if np.isscalar(rates[name]) else f"{name}, {lr:g}"
                     scores[f"{label}/{k}"] = evaluate(model, *held_out)
-    return _percent(scores)
+    return percent(scores)
 
 
 def choose_rates(target, seeds, *, workers=None):
@@ -339,7 +339,7 @@ def adaptation(seed, *, shift):
             model = copy.deepcopy(base)
             full_fine_tuning(model, pool[0][rows], pool[1][rows], lr=1e-3)
             scores[name] = evaluate(model, *test)
-    return _percent(scores, *peeked.values())
+    return percent(scores, *peeked.values())
 
 
 def _shifted(rows, name, rng):
@@ -362,7 +362,19 @@ def _shifted(rows, name, rng):
     return shift_digits(X, kind, strength=strength, rng=rng), y
 
 
-def _percent(scores, *others):
-    """Return accuracies in percent, and the closest decision behind these and other scores."""
+def percent(scores, *others):
+    """Return accuracies in percent, and the closest decision behind these and other scores.
+
+    Parameters
+    ----------
+    scores : dict of str to helpers.training.Score
+    *others : helpers.training.Score
+        Behind a choice that was made on the way.
+
+    Returns
+    -------
+    dict of str to float
+        With the smallest margin as "margin".
+    """
     margin = min(s.margin for s in (*scores.values(), *others))
     return {name: 100 * s.accuracy for name, s in scores.items()} | {"margin": margin}

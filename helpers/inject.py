@@ -15,6 +15,7 @@ from torch import nn
 
 from helpers import layers
 from helpers.layers import Adapter, sizes
+from helpers.quantize import QuantizedLinear, loftq, quantize
 
 
 def inject_lora(
@@ -35,7 +36,8 @@ def inject_lora(
     model : nn.Module
         Changed in place.
     targets : sequence of str
-        Names, or ends of names, of `torch.nn.Linear` layers or of GPT-2's Conv1D.
+        Names, or ends of names, of `torch.nn.Linear` layers, plain or from `quantize_layers`, or
+        of GPT-2's Conv1D.
     r, lora_alpha, rslora, dropout, init, generator
         As in `helpers.layers.LoRA`.
 
@@ -54,6 +56,98 @@ def inject_lora(
     return replace(
         model, find(model, targets), lambda base: layers.LoRA(base, r, lora_alpha, **options)
     )
+
+
+def quantize_layers(model, targets, *, code="nf4", block_size=64):
+    """Round the weights of linear layers to four bits; an adapter can sit on them afterwards.
+
+    The weights are then no parameters, so nothing can train them; biases stay as they are.
+
+    Parameters
+    ----------
+    model, targets
+        As in `inject_lora`, also what is returned and refused, and so are a layer that is
+        quantised already and one whose weight is tied to another layer's.
+    code, block_size
+        As in `helpers.quantize.quantize`.
+
+    Returns
+    -------
+    list of str
+    """
+
+    def _make(base):
+        q = quantize(_full(model, base), code=code, block_size=block_size)
+        return QuantizedLinear(q, base.bias).train(base.training)
+
+    return replace(model, find(model, targets), _make)
+
+
+def dequantize_layers(model):
+    """Put a linear layer with what its codes stand for in the place of each quantised one.
+
+    Outputs stay, adapters too. What `helpers.checkpoint.save_peft` writes then belongs to the base
+    that is left, in full precision; peft does not know these codes.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Changed in place.
+
+    Returns
+    -------
+    list of str
+        Names of the layers, none if nothing is quantised.
+    """
+    found = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    for name, base in found.items():
+        _set(model, name, layers.with_matrix(base, base.weight))
+    return list(found)
+
+
+def inject_loftq(
+    model,
+    targets,
+    *,
+    r=8,
+    lora_alpha=16,
+    rslora=False,
+    dropout=0.0,
+    code="nf4",
+    block_size=64,
+    steps=5,
+):
+    """Quantise linear layers, and start LoRA from the best s B A for what that lost (LoftQ).
+
+    The adapter is a `helpers.layers.LoRA` on a `helpers.quantize.QuantizedLinear`, as after
+    `quantize_layers` and `inject_lora`; both start at other values. So A and B belong to this base
+    alone: disabled, it is not the quantised model that `quantize_layers` makes.
+
+    Parameters
+    ----------
+    model, targets
+        As in `quantize_layers`, also what is returned and refused.
+    r, lora_alpha, rslora, dropout
+        As in `helpers.layers.LoRA`.
+    code, block_size, steps
+        As in `helpers.quantize.loftq`.
+
+    Returns
+    -------
+    list of str
+    """
+    options = dict(rslora=rslora, dropout=dropout)
+
+    def _make(base):
+        W = _full(model, base)
+        lora = layers.LoRA(base, r, lora_alpha, generator=torch.Generator(), **options)
+        names = dict(code=code, block_size=block_size, steps=steps)
+        q, A, B = loftq(W, r, scaling=lora.scaling, **names)
+        lora.base = QuantizedLinear(q, base.bias).train(base.training)
+        lora.lora_A.data, lora.lora_B.data = A, B
+        return lora
+
+    return replace(model, find(model, targets), _make)
 
 
 def inject_dora(model, targets, *, r=8, lora_alpha=16, rslora=False, dropout=0.0, generator=None):
@@ -371,8 +465,9 @@ def find(model, targets):
     for target in targets:
         fits = [n for n in modules if n and f".{n}".endswith(f".{target}")]
         if not fits:
-            leaves = [n for n, m in modules.items() if not [*m.children()] and [*m.parameters()]]
-            known = list(dict.fromkeys(n.rpartition(".")[2] for n in leaves))
+            leaves = [(n, m) for n, m in modules.items() if not [*m.children()]]
+            held = [n for n, m in leaves if [*m.parameters()] or isinstance(m, QuantizedLinear)]
+            known = list(dict.fromkeys(n.rpartition(".")[2] for n in held))
             raise ValueError(f"no layer is called {target!r}; among its layers are {known}")
         found.update(fits)
     return {name: module for name, module in modules.items() if name in found}
@@ -388,7 +483,7 @@ def replace(model, found, make):
     found : dict of str to nn.Module
         Exact names in `model`, as `find` returns them.
     make : callable
-        ``make(base)`` returns the `Adapter` that owns `base`.
+        ``make(base)`` returns the `Adapter` that owns `base`, or another layer in its place.
 
     Returns
     -------
@@ -420,8 +515,8 @@ def replace(model, found, make):
         for p, trained, gradient in flags:
             p.requires_grad_(trained).grad = gradient
         raise
-    for name, adapter in made.items():
-        _set(model, name, adapter)
+    for name, module in made.items():
+        _set(model, name, module)
     return list(made)
 
 
@@ -456,11 +551,24 @@ def _tuned(model, base, names):
         raise ValueError(
             f"a {kind} keeps running statistics, which training would move: leave it out"
         )
+    _check_untied(model, base, names)
+    return layers.Tuned(base, names)
+
+
+def _full(model, base):
+    """Return W of a linear layer in full precision, which is no other layer's."""
+    layers.check_linear(base)
+    if isinstance(base, QuantizedLinear):
+        raise ValueError(f"it is quantised already, to {base.code}: quantise the original")
+    _check_untied(model, base, ["weight"])
+    return layers.matrix(base).detach()
+
+
+def _check_untied(model, base, names):
     held = [p for _, p in model.named_parameters(remove_duplicate=False)]
     for name in names:
         if sum(p is getattr(base, name) for p in held) > 1:
             raise ValueError(f"its {name} is tied to another layer's: untie them by copying it")
-    return layers.Tuned(base, names)
 
 
 def _has(module, name):

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from helpers.freezing import freeze
+from helpers.quantize import QuantizedLinear, check_rank, low_rank
 
 
 class Adapter(nn.Module):
@@ -68,9 +69,12 @@ class LoRA(Adapter):
     y = W x + b + s (B A - B0 A0) x. The paper trains B A on the residual W - s B0 A0, which is the
     same function; here W stays what it was and others may share it. A0 and B0 are buffers.
 
+    On a `QuantizedLinear`, W is what its codes stand for (QLoRA). Merging gives a linear layer in
+    full precision: W + s B A, rounded to four bits again, would lose most of so small a change.
+
     Parameters
     ----------
-    base : nn.Linear or transformers' Conv1D
+    base : nn.Linear, transformers' Conv1D or QuantizedLinear
     r : int
         Rank, from 1 to the smaller side of W.
     lora_alpha : float
@@ -85,16 +89,15 @@ class LoRA(Adapter):
     References
     ----------
     Hu et al. (2021), section 4.1, arXiv:2106.09685; Kalajdzievski (2023), section 3 (rsLoRA),
-    arXiv:2312.03732; Meng et al. (2024), section 3 (PiSSA), arXiv:2404.02948.
+    arXiv:2312.03732; Meng et al. (2024), section 3 (PiSSA), arXiv:2404.02948; Dettmers et al.
+    (2023), section 3 (QLoRA), arXiv:2305.14314.
     """
 
     def __init__(
         self, base, r, lora_alpha, *, rslora=False, dropout=0.0, init="lora", generator=None
     ):
         d_in, d_out = check_linear(base)
-        if not isinstance(r, Integral) or not 1 <= r <= min(d_in, d_out):
-            side = min(d_in, d_out)
-            raise ValueError(f"rank r={r} must be an integer from 1 to {side}, the smaller side")
+        check_rank(r, (d_out, d_in))
         if not isinstance(lora_alpha, Real) or not 0 < lora_alpha < math.inf:
             raise ValueError(f"lora_alpha={lora_alpha!r} must be above 0, and a finite number")
         if init not in ("lora", "pissa"):
@@ -104,16 +107,15 @@ class LoRA(Adapter):
         super().__init__(base, **settings)
         self.scaling = lora_alpha / (math.sqrt(r) if rslora else r)
         self.dropout = nn.Dropout(dropout).train(base.training)
+        like = _like(base)
         if init == "pissa":
-            U, S, Vh = torch.linalg.svd(wide(matrix(base)), full_matrices=False)
-            root = (S[:r] / self.scaling).sqrt()
-            A, B = root[:, None] * Vh[:r], (U[:, :r] * root).contiguous()
-            A, B = A.to(base.weight.dtype), B.to(base.weight.dtype)
+            A, B = low_rank(wide(matrix(base)), r, self.scaling)
+            A, B = A.to(like.dtype), B.to(like.dtype)
             self.register_buffer("start_A", A.clone())
             self.register_buffer("start_B", B.clone())
         else:
-            A = uniform((r, d_in), 1 / math.sqrt(d_in), like=base.weight, generator=generator)
-            B = base.weight.new_zeros(d_out, r)
+            A = uniform((r, d_in), 1 / math.sqrt(d_in), like=like, generator=generator)
+            B = like.new_zeros(d_out, r)
         self.lora_A = nn.Parameter(A)  # (r, in)
         self.lora_B = nn.Parameter(B)  # (out, r)
 
@@ -219,8 +221,8 @@ class VeRA(Adapter):
         r, (_, d_out) = len(projection.A), sizes(base)
         super().__init__(base, r=r, d_initial=d_initial)
         self.projection = projection
-        self.lambda_d = nn.Parameter(base.weight.new_full((r,), d_initial))  # u
-        self.lambda_b = nn.Parameter(base.weight.new_zeros(d_out))  # v
+        self.lambda_d = nn.Parameter(_like(base).new_full((r,), d_initial))  # u
+        self.lambda_b = nn.Parameter(_like(base).new_zeros(d_out))  # v
 
     def low_rank(self):
         """Return u * A of shape (r, in) and v * B of shape (out, r)."""
@@ -260,7 +262,7 @@ class IA3(Adapter):
     def __init__(self, base, *, feedforward=False):
         check_linear(base)
         super().__init__(base, feedforward=feedforward)
-        self.ia3_l = nn.Parameter(base.weight.new_ones(sizes(base)[0 if feedforward else 1]))
+        self.ia3_l = nn.Parameter(_like(base).new_ones(sizes(base)[0 if feedforward else 1]))
 
     def adapted(self, x):
         if self.settings["feedforward"]:
@@ -303,7 +305,7 @@ class OFT(Adapter):
         block_size = int(block_size)
         super().__init__(base, block_size=block_size)
         n = block_size * (block_size - 1) // 2
-        self.oft_R = nn.Parameter(base.weight.new_zeros(d_in // block_size, n))
+        self.oft_R = nn.Parameter(_like(base).new_zeros(d_in // block_size, n))
 
     def rotations(self):
         """Return the blocks of R, shape (in / block_size, block_size, block_size)."""
@@ -401,7 +403,7 @@ class BottleneckAdapter(Adapter):
             raise ValueError(f"reduction_factor={reduction_factor} must be above 0, at most {d_in}")
         settings = dict(reduction_factor=reduction_factor, parallel=parallel, scale=scale)
         super().__init__(base, **settings)
-        like = next(base.parameters())
+        like = _like(base)
         D = uniform((width, d_in), 1 / math.sqrt(d_in), like=like, generator=generator)
         self.down_weight = nn.Parameter(D)
         self.down_bias = nn.Parameter(like.new_zeros(width))
@@ -448,7 +450,7 @@ class PromptTuning(Adapter):
         check_tokens(num_virtual_tokens)
         d = base.embedding_dim if isinstance(base, nn.Embedding) else sizes(base)[1]
         super().__init__(base, num_virtual_tokens=num_virtual_tokens)
-        like = next(base.parameters())
+        like = _like(base)
         self.prompt = nn.Parameter(normal((num_virtual_tokens, d), std, like, generator))
 
     def adapted(self, *args, **kwargs):
@@ -489,7 +491,7 @@ class PrefixTuning(Adapter):
             )
         super().__init__(base, num_virtual_tokens=num_virtual_tokens)
         shape = (2, base.n_heads, num_virtual_tokens, base.d_head)
-        self.prefix = nn.Parameter(normal(shape, std, next(base.parameters()), generator))
+        self.prefix = nn.Parameter(normal(shape, std, _like(base), generator))
 
     def adapted(self, x, *args, **kwargs):
         k, v = self.prefix[:, None].expand(-1, len(x), -1, -1, -1)  # each (B, H, P, d_head)
@@ -568,6 +570,8 @@ def check_linear(base):
     -------
     in_features, out_features : int
     """
+    if isinstance(base, QuantizedLinear):
+        return sizes(base)
     kind = type(base).__name__
     plain = isinstance(base, nn.Linear) and type(base).forward is nn.Linear.forward
     if not (plain or is_conv1d(base)):
@@ -613,7 +617,8 @@ def sizes(base):
     -------
     in_features, out_features : int
     """
-    layers = [m for m in base.modules() if isinstance(m, nn.Linear) or is_conv1d(m)]
+    kinds = nn.Linear | QuantizedLinear
+    layers = [m for m in base.modules() if isinstance(m, kinds) or is_conv1d(m)]
     if not layers:
         raise ValueError(f"{type(base).__name__} has no linear layer that tells its widths")
     first, last = (matrix(layer).shape for layer in (layers[0], layers[-1]))
@@ -625,7 +630,7 @@ def matrix(base):
 
     Parameters
     ----------
-    base : nn.Linear or transformers' Conv1D
+    base : nn.Linear, transformers' Conv1D or QuantizedLinear
     """
     return base.weight.T if is_conv1d(base) else base.weight
 
@@ -635,12 +640,24 @@ def with_matrix(base, W):
 
     Parameters
     ----------
-    base : nn.Linear or transformers' Conv1D
+    base : nn.Linear, transformers' Conv1D or QuantizedLinear
+        The last one is left for a new `torch.nn.Linear` with its bias.
     W : Tensor of shape (out, in)
     """
+    if isinstance(base, QuantizedLinear):
+        plain = nn.Linear(*sizes(base), bias=False, device="meta")  # draws nothing
+        del plain.bias  # a parameter, or under `Tuned` a buffer
+        is_parameter = "bias" in base._parameters
+        (plain.register_parameter if is_parameter else plain.register_buffer)("bias", base.bias)
+        base = plain.train(base.training)
     W = (W.T if is_conv1d(base) else W).detach().contiguous()
     base.weight = nn.Parameter(W, requires_grad=False)
     return base
+
+
+def _like(base):
+    """Return a floating tensor of a module, which tells its dtype and device."""
+    return next(t for t in (*base.parameters(), *base.buffers()) if t.is_floating_point())
 
 
 def uniform(shape, bound, *, like, generator):

@@ -17,12 +17,13 @@ from torch.utils import flop_counter
 from helpers import inject
 from helpers.checkpoint import load_trainable, save_trainable
 from helpers.data import digits, few_per_class, shift_digits
+from helpers.experiments import percent
 from helpers.freezing import count_parameters, freeze, param_groups, unfreeze
 from helpers.layers import Adapter
 from helpers.models import TinyTransformer, with_fresh_head
 from helpers.strategies import lp_ft
 from helpers.study import reproducible, run_seeds
-from helpers.training import cross_entropy, evaluate, predict, train
+from helpers.training import cross_entropy, evaluate, predict, saved_bytes, train
 
 CACHE = Path(__file__).parent.parent / "build" / "pretrained"
 LINEAR = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
@@ -33,6 +34,8 @@ UNSTABLE = ("from scratch", "full fine-tuning", "LoRA", "PiSSA", "DoRA")
 TARGETS = {  # what the target images went through, in order: kind and strength of `shift_digits`
     "faint": [("contrast", 0.3), ("noise", 0.1)],
     "turned": [("rotation", 90.0)],
+    "inverted": [("inversion", 0.0)],
+    "noisy": [("noise", 0.3)],
 }
 
 
@@ -94,7 +97,7 @@ TECHNIQUES = {
 }
 
 
-def samples(seed, target, *, per_class=10):
+def samples(seed, target, *, per_class=10, most=25):
     """Draw a seed's rows: source images, and images of the target domain to train and score on.
 
     Parameters
@@ -103,24 +106,28 @@ def samples(seed, target, *, per_class=10):
     target : str
         A key of `TARGETS`.
     per_class : int, default=10
-        Labelled target images of each digit, 1 to 25.
+        Labelled target images of each digit, 1 to `most`.
+    most : int, default=25
+        Up to 50; above 25, 240 more images are set aside for "few", and "test" has 257.
 
     Returns
     -------
     dict of str to (X, y)
         "source" (800 rows), "few" (10 * per_class), "validation" (200) and "test" (497), no image
-        in two of them. Only "few" depends on `per_class`.
+        in two of them, and "source test", the images of "test" as they were. Only "few" depends
+        on `per_class`.
     """
     with reproducible(seed):
         rng = np.random.default_rng(seed)
-        source, pool, validation, test = digits(rng, (800, 300, 200, 497))
-        few = few_per_class(pool[1], 25, rng)[:, :per_class].flatten()  # fewer are part of more
+        aside = 300 if most <= 25 else 540
+        source, pool, validation, test = digits(rng, (800, aside, 200, 797 - aside))
+        few = few_per_class(pool[1], most, rng)[:, :per_class].flatten()  # fewer are part of more
         rows = {"few": pool, "validation": validation, "test": test}
         for kind, strength in TARGETS[target]:
             for name, (X, y) in rows.items():
                 rows[name] = shift_digits(X, kind, strength=strength, rng=rng), y
         rows["few"] = tuple(part[few] for part in rows["few"])
-    return {"source": source} | rows
+    return {"source": source, "source test": test} | rows
 
 
 def pretrained(seed, *, folder=CACHE):
@@ -156,7 +163,7 @@ def pretrained(seed, *, folder=CACHE):
             except ValueError as error:
                 warnings.warn(f"pre-training anew: {error}", stacklevel=2)
         source = samples(seed, "faint")["source"]
-        order = torch.Generator().manual_seed(_stream(seed, "batches"))
+        order = torch.Generator().manual_seed(stream(seed, "batches"))
         optimizer = Adam(model.parameters(), lr=1e-3, fused=True)
         train(model, *source, optimizer=optimizer, epochs=30, batch_size=64, generator=order)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,7 +185,7 @@ def start(seed, *, folder=CACHE):
     TinyTransformer
     """
     model = pretrained(seed, folder=folder)
-    with reproducible(_stream(seed, "head")):
+    with reproducible(stream(seed, "head")):
         return with_fresh_head(model)
 
 
@@ -199,7 +206,7 @@ def prepare(model, technique, *, seed=0):
     """
     model = copy.deepcopy(model)
     freeze(model)
-    technique(model, torch.Generator().manual_seed(_stream(seed, "technique")))
+    technique(model, torch.Generator().manual_seed(stream(seed, "technique")))
     unfreeze(model.head)
     return model
 
@@ -273,8 +280,7 @@ def compare_techniques(
                 fit(model, rows["few"], lr=float(lr), epochs=epochs, name=name)
                 label = name if np.isscalar(several) else f"{name}, {lr:g}"
                 scores[label] = evaluate(model, *rows[score_on])
-    margin = min(score.margin for score in scores.values())
-    return {name: 100 * score.accuracy for name, score in scores.items()} | {"margin": margin}
+    return percent(scores)
 
 
 def try_rates(target, seeds, *, techniques=TECHNIQUES, rates=RATES, workers=None, **options):
@@ -360,20 +366,8 @@ def activation_bytes(model, X, y):
     int
         Bytes, each storage counted once.
     """
-    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), X, y)}
-    kept = {}
-
-    def _note(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(_note, lambda tensor: tensor):
-        loss = cross_entropy(model, X, y)  # holds what is kept until the bytes are added up
-        total = sum(kept.values())
-    del loss
-    return total
+    given = [*model.parameters(), *model.buffers(), X, y]
+    return saved_bytes(lambda: cross_entropy(model, X, y), given=given)
 
 
 def step_memory(trainable, total, activations, *, weight=8, gradient=8, state=16):
@@ -572,8 +566,18 @@ def demonstrate(name, seed, *, target, lr, epochs=40, per_class=10):
     )
 
 
-def _stream(seed, purpose):
-    """Return a seed of its own for each purpose: equal streams would make equal numbers."""
+def stream(seed, purpose):
+    """Return a seed of its own for each purpose: equal streams would make equal numbers.
+
+    Parameters
+    ----------
+    seed : int
+    purpose : str
+
+    Returns
+    -------
+    int
+    """
     entropy = [seed, *purpose.encode()]
     return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 

@@ -315,6 +315,32 @@ def extract_features(model, X, *, batch_size=1024, device="auto"):
     return torch.cat(seen)
 
 
+def saved_bytes(forward, *, given):
+    """Count what a forward pass keeps for the backward pass, each storage once.
+
+    Parameters
+    ----------
+    forward : callable
+        Without arguments; runs the model and its loss, on any device.
+    given : iterable of Tensor
+        What is in memory anyway, and left out: parameters, buffers and inputs.
+
+    Returns
+    -------
+    int
+        Bytes.
+    """
+    kept = set()  # of the storages themselves, which keeps them alive: none takes another's place
+
+    def _note(tensor):
+        kept.add(tensor.untyped_storage())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(_note, lambda tensor: tensor):
+        forward()
+    return sum(s.nbytes() for s in kept - {t.untyped_storage() for t in given})
+
+
 def _place(model, device):
     """Move the model unless "auto", and return the device it is on."""
     if device != "auto":

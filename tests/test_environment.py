@@ -23,8 +23,8 @@ PINS = {canonicalize_name(r.name): r for r in map(Requirement, PIP[:-1])}
 EXTRAS = PROJECT["optional-dependencies"].values()
 WANTED = sorted({*PROJECT["dependencies"], *(line for extra in EXTRAS for line in extra)})
 # each module imports from ranks before its own only, so there is no cycle; nobody imports execute
-ORDER = """files data models > freezing > training layers quantize > strategies domain study inject
-> experiments checkpoint > techniques > plotting > execute"""
+ORDER = """files data models quantize > freezing > training layers > strategies domain study inject
+> experiments checkpoint > techniques combine scale decide > practice > plotting > execute"""
 RANKS = [set(rank.split()) for rank in ORDER.split(">")]
 
 

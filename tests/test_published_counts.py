@@ -19,15 +19,14 @@ from transformers import (
     BloomConfig,
     BloomModel,
     GPT2Config,
-    GPT2Model,
-    LlamaConfig,
-    LlamaForCausalLM,
+    GPT2LMHeadModel,
     RobertaConfig,
     RobertaModel,
     T5Config,
     T5ForConditionalGeneration,
 )
 
+from helpers import scale
 from helpers.freezing import count_parameters, freeze, unfreeze
 from helpers.inject import (
     inject_bitfit,
@@ -49,18 +48,12 @@ LARGE = {
 }
 ROBERTA = {"vocab_size": 50_265, "max_position_embeddings": 514, "type_vocab_size": 1}
 CASED = {"vocab_size": 28_996, "num_labels": 2}
-
-
-def gpt2(layers, d, heads, positions=1024):
-    return GPT2Model(GPT2Config(n_layer=layers, n_embd=d, n_head=heads, n_positions=positions))
-
-
 MODELS = {
-    "roberta-base": lambda: RobertaModel(RobertaConfig(**ROBERTA)),
+    "roberta-base": scale.MODELS["RoBERTa-base"],
     "roberta-large": lambda: RobertaModel(RobertaConfig(**ROBERTA, **LARGE)),
-    "GPT-3 175B": lambda: gpt2(96, 12_288, 96, positions=2048),
-    "GPT-2 medium": lambda: gpt2(24, 1024, 16),
-    "gpt2-large": lambda: gpt2(36, 1280, 20),
+    "GPT-3 175B": scale.MODELS["GPT-3 175B"],
+    "GPT-2 medium": lambda: GPT2LMHeadModel(GPT2Config(n_layer=24, n_embd=1024, n_head=16)),
+    "gpt2-large": lambda: GPT2LMHeadModel(GPT2Config(n_layer=36, n_embd=1280, n_head=20)),
     "bert-large": lambda: BertModel(BertConfig(**LARGE)),
     "bert-base + 2-class head": lambda: BertForSequenceClassification(BertConfig(**CASED)),
     "bloomz-560m": lambda: BloomModel(
@@ -69,15 +62,7 @@ MODELS = {
     "MLP 20-2000-2000-2": lambda: nn.Sequential(
         nn.Linear(20, 2000), nn.ReLU(), nn.Linear(2000, 2000), nn.ReLU(), nn.Linear(2000, 2)
     ),
-    "Llama-2-7B": lambda: LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=32_000,
-            num_hidden_layers=32,
-            hidden_size=4096,
-            intermediate_size=11_008,
-            num_attention_heads=32,
-        )
-    ),
+    "Llama-2-7B": scale.MODELS["Llama-2 7B"],
     # transformers 5 ties the output layer of a T5 built from a configuration; T0's is apart, which
     # adds 2.4 % to the total and changes none of the printed digits
     "T5 v1.1 XL (T0-3B)": lambda: T5ForConditionalGeneration(
@@ -93,8 +78,6 @@ MODELS = {
     ),
 }
 HEADS = {"bert-base + 2-class head": "classifier", "MLP 20-2000-2000-2": "4"}
-# GPT-2 computes q, k and v in one layer c_attn of shape (d, 3 d). LoRA on it has r d + 3 d r
-# parameters, as many as on a q and a v apart: 2 (r d + d r).
 TARGETS = {
     "roberta-base": ["query", "value"],
     "roberta-large": ["query", "value"],
@@ -139,8 +122,7 @@ METHODS = {
 
 def adapted(row):
     """Return the row's model, built on meta, with its adapters, and its parameters before them."""
-    with torch.device("meta"):
-        model = MODELS[row["model"]]()
+    model = scale.build(MODELS[row["model"]])
     before = count_parameters(model).total
     freeze(model)
     number = re.search(r"\d+", row["setting"])  # the rank, or how many virtual tokens

@@ -142,7 +142,7 @@ def test_pre_training_learns_the_source_and_a_start_is_it_under_a_fresh_head(fol
     for target in techniques.TARGETS:
         rows = samples(0, target)
         assert evaluate(model, *rows["source"]).accuracy > 0.95
-        assert evaluate(model, *rows["test"]).accuracy < 0.5  # there is something to adapt to
+        assert evaluate(model, *rows["test"]).accuracy < 0.75  # there is something to adapt to
     assert moved(begin, copied(model)) == ["head.weight", "head.bias"]
     assert same(begin, techniques.start(0, folder=folder))
     other = techniques.start(1, folder=folder)
@@ -152,7 +152,7 @@ def test_pre_training_learns_the_source_and_a_start_is_it_under_a_fresh_head(fol
 def test_no_image_is_in_two_sets_and_targets_differ_in_the_shift_alone(monkeypatch):
     monkeypatch.setitem(techniques.TARGETS, "raw", [])
     raw, small = (samples(3, "raw", per_class=k) for k in (25, 4))
-    sizes = {"source": 800, "few": 250, "validation": 200, "test": 497}
+    sizes = {"source": 800, "few": 250, "validation": 200, "test": 497, "source test": 497}
     assert {name: len(y) for name, (_, y) in raw.items()} == sizes
     assert len({row.numpy().tobytes() for X, _ in raw.values() for row in X}) == 1747
     assert raw["few"][1].bincount().tolist() == [25] * 10
@@ -162,7 +162,7 @@ def test_no_image_is_in_two_sets_and_targets_differ_in_the_shift_alone(monkeypat
         for name, (X, y) in samples(3, target, per_class=25).items():
             images, labels = raw[name]
             assert torch.equal(y, labels) and X.dtype == torch.float64
-            if name == "source":
+            if name.startswith("source"):
                 assert torch.equal(X, images)
             elif target == "turned":
                 turned = torch.rot90(images.view(-1, 8, 8), 1, (1, 2)).flatten(1)

@@ -1,0 +1,527 @@
+"""Part 3's decision on the reader's own rows: check them, compare methods, recommend the smallest.
+
+The rows are embeddings from any encoder; what is compared is what to train on top of them.
+"""
+
+import copy
+import math
+import zipfile
+from functools import partial
+from numbers import Integral
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+from torch.nn import functional as F
+from torch.optim import Adam
+
+from helpers.freezing import count_parameters, freeze, unfreeze
+from helpers.inject import inject_adapter, inject_bitfit, inject_lora
+from helpers.models import MLP, with_fresh_head
+from helpers.strategies import linear_probe, lp_ft
+from helpers.study import compare_pairs, reproducible, summarize
+from helpers.training import cross_entropy, evaluate, train
+
+ARRAYS = ("X", "y", "X_source", "y_source")
+LARGEST = 1e100  # beyond it the variance of a column would overflow
+RATES = (1e-3, 3e-3, 1e-2)  # validation rows decide which of these a method gets,
+FEW_PARAMETERS = ("linear probing", "BitFit")  # or of three times these: few parameters learn
+STRENGTHS = (0.1, 1.0, 10.0)  # slower; and which C the logistic head gets
+BODY = ["backbone.0", "backbone.2", "backbone.4"]  # the linear layers below the head
+
+
+def _lora(model):
+    inject_lora(model, BODY, r=min(4, model.backbone[0].in_features), lora_alpha=8)
+
+
+METHODS = {  # what each does to a frozen model before the head, too, is set free to be trained
+    "logistic head": None,  # reads the standardised embeddings: there is no model below it
+    "scratch": unfreeze,  # from random weights
+    "linear probing": freeze,
+    "fine-tuning": unfreeze,
+    "LP-FT": unfreeze,
+    "BitFit": partial(inject_bitfit, targets=BODY),
+    "LoRA": _lora,
+    "adapters": partial(inject_adapter, targets=BODY, reduction_factor=8),
+}
+
+
+class Rows(NamedTuple):
+    """Rows that passed every check.
+
+    Attributes
+    ----------
+    X : Tensor of shape (n, d)
+        In float64.
+    y : int64 Tensor of shape (n,)
+        Labels 0..C-1.
+    X_source, y_source : Tensor of shape (m, d), int64 Tensor of shape (m,); or None
+        Rows of another task for the same encoder, with labels 0..S-1.
+    classes : list of int
+        What the labels 0..C-1 were called.
+    notes : list of str
+        What a reader of the results should know of the rows, in sentences.
+    """
+
+    X: torch.Tensor
+    y: torch.Tensor
+    X_source: torch.Tensor | None
+    y_source: torch.Tensor | None
+    classes: list
+    notes: list
+
+
+def load_rows(path):
+    """Read a ``.npz`` file with arrays X and y, perhaps X_source and y_source, and check them.
+
+    No code in the file can run: Python objects (pickles) are not read. Other arrays are told of.
+
+    Parameters
+    ----------
+    path : str or Path
+
+    Returns
+    -------
+    Rows
+
+    Raises
+    ------
+    ValueError
+        If there is no such file, it is no ``.npz``, an array is missing, damaged or made of
+        objects, or `check_arrays` refuses what is in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file")
+    try:
+        with zipfile.ZipFile(path) as file:
+            inside = [name.removesuffix(".npy") for name in file.namelist()]
+    except Exception as error:  # there is no telling in which way a damaged file fails
+        raise ValueError(
+            f"{path.name} is no .npz file, or a damaged one ({_first_line(error)}):"
+            " numpy.savez(path, X=X, y=y) writes one"
+        ) from error
+    if missing := [name for name in ARRAYS[:2] if name not in inside]:
+        raise ValueError(f"{path.name} has no array {missing[0]!r}: it needs X and y, has {inside}")
+    arrays = {}
+    for name in [name for name in ARRAYS if name in inside]:
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays[name] = file[name]
+        except Exception as error:
+            raise ValueError(
+                f"{path.name}: array {name!r} cannot be read, it must be whole and hold plain"
+                f" numbers, no Python objects ({_first_line(error)})"
+            ) from error
+    try:
+        rows = check_arrays(**arrays)
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from None
+    if unused := [name for name in inside if name not in ARRAYS]:
+        rows.notes.append(f"arrays {unused} are not used")
+    return rows
+
+
+def check_arrays(X, y, X_source=None, y_source=None):
+    """Refuse arrays that methods cannot be compared on, and number their classes from 0.
+
+    Parameters
+    ----------
+    X : array of shape (n, d)
+        Embeddings: real numbers.
+    y : array of shape (n,)
+        Labels, of an integer dtype.
+    X_source, y_source : array of shape (m, d), array of shape (m,), optional
+        Rows of another task, to pre-train on. Their classes need not be those of `y`.
+
+    Returns
+    -------
+    Rows
+
+    Raises
+    ------
+    ValueError
+        In one sentence that names the array, the offender and what would be right.
+    """
+    if (X_source is None) != (y_source is None):
+        given, absent = ARRAYS[2:] if y_source is None else ARRAYS[:1:-1]
+        raise ValueError(f"{given} comes without {absent}: give both, or neither")
+    X, y, classes, notes = _checked(X, y, "X", "y")
+    distinct = {row.tobytes() for row in X.numpy()}
+    if copies := len(X) - len(distinct):
+        notes.append(f"{copies} rows of X repeat others: some may be trained on and scored as well")
+    if X_source is not None:
+        X_source, y_source, _, more = _checked(X_source, y_source, "X_source", "y_source")
+        notes += more
+        if X_source.shape[1] != X.shape[1]:
+            raise ValueError(
+                f"X_source has {X_source.shape[1]} columns and X has {X.shape[1]}: both must come"
+                " from the same encoder"
+            )
+        if shared := [i for i, row in enumerate(X_source.numpy()) if row.tobytes() in distinct]:
+            raise ValueError(
+                f"{len(shared)} rows of X_source are in X too, the first is row {shared[0]}: leave"
+                " them out, no method may pre-train on the labels that it is scored on"
+            )
+    return Rows(X, y, X_source, y_source, classes, notes)
+
+
+def _first_line(error):
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _checked(X, y, x_name, y_name):
+    """Return float64 X, labels from 0, what they were called, and notes."""
+    X, y, notes = np.asarray(X), np.asarray(y), []
+    if X.dtype.kind not in "fiu":
+        raise ValueError(f"{x_name} has dtype {X.dtype}: it must hold real numbers")
+    if X.ndim != 2 or 0 in X.shape:
+        raise ValueError(
+            f"{x_name} has shape {X.shape}, expected (n, d): a row for each example, and at least"
+            " one column"
+        )
+    if y.dtype.kind not in "iu":
+        raise ValueError(f"{y_name} has dtype {y.dtype}: labels must be integers, y.astype(int)")
+    if y.shape != (len(X),):
+        raise ValueError(
+            f"{y_name} has shape {y.shape}, expected ({len(X)},): one label for each row of"
+            f" {x_name}"
+        )
+    with np.errstate(over="ignore"):
+        X = X.astype(np.float64)
+    usable = np.abs(X) < LARGEST  # NaN is not
+    if not usable.all():
+        raise ValueError(
+            f"{x_name} holds {(~usable).sum()} values that are NaN, infinite or beyond {LARGEST:g},"
+            f" the first in row {np.argmin(usable.all(1))}: leave such rows out"
+        )
+    if (X[0] == X).all():
+        raise ValueError(f"all rows of {x_name} are the same: nothing tells their classes apart")
+    classes, y = np.unique(y, return_inverse=True)
+    classes = classes.tolist()
+    if len(classes) < 2:
+        raise ValueError(f"{y_name} holds one class only, {classes[0]}: it takes at least two")
+    if classes != list(range(len(classes))):
+        shown = str(classes) if len(classes) <= 10 else f"{str(classes[:9])[:-1]}, ...]"
+        notes.append(f"{y_name}: labels {shown} are mapped to 0..{len(classes) - 1}")
+    return torch.from_numpy(X), torch.from_numpy(y), classes, notes
+
+
+def check_budgets(data, budgets):
+    """Refuse a label budget for which a class has too few rows: it needs three for each label.
+
+    Parameters
+    ----------
+    data : Rows
+    budgets : sequence of int
+        Labelled rows of each class.
+
+    Raises
+    ------
+    ValueError
+        If there are no budgets, one is no integer of 1 or more, or a class has too few rows.
+    """
+    if not len(budgets) or not all(isinstance(k, Integral) and k >= 1 for k in budgets):
+        raise ValueError(f"label budgets {budgets} must be integers, 1 or more, at least one")
+    counts = data.y.bincount()
+    least, k = int(counts.min()), max(budgets)
+    if least < 3 * k:
+        works = f"the largest that works is {least // 3}" if least >= 3 else "none works"
+        raise ValueError(
+            f"class {data.classes[int(counts.argmin())]} has {least} rows, and a budget of {k}"
+            f" labels needs {3 * k}, to train on, to choose the learning rate on and to test on:"
+            f" {works}"
+        )
+
+
+def split(y, budget, *, seed):
+    """Draw a seed's row numbers; those of a smaller budget are part of a larger one's.
+
+    Parameters
+    ----------
+    y : int64 Tensor of shape (n,)
+        Each class has at least ``3 * budget`` rows.
+    budget : int
+        Labelled rows of each class.
+    seed : int
+
+    Returns
+    -------
+    dict of str to int64 Tensor
+        "test", a third of each class, rounded up; "few" and "validation", `budget` rows of each
+        class; and "pool", all rows but the test rows, to be used without labels.
+    """
+    rng = np.random.default_rng(seed)
+    rows = {"test": [], "few": [], "validation": [], "pool": []}
+    for c in range(int(y.max()) + 1):
+        of_class = torch.from_numpy(rng.permutation((y == c).nonzero()[:, 0].numpy()))
+        n_test = math.ceil(len(of_class) / 3)
+        test, pool = of_class[:n_test], of_class[n_test:]
+        few, validation = pool[: 2 * budget].view(budget, 2).T  # in turn, so that budgets nest
+        for part, drawn in zip(rows.values(), (test, few, validation, pool), strict=True):
+            part.append(drawn)
+    return {name: torch.cat(part) for name, part in rows.items()}
+
+
+def pretrain(X, y=None, *, steps=300, batch_size=128, lr=3e-3, masked=0.3):
+    """Train an `MLP` on the labels y; without any, to restore entries of X that are masked.
+
+    Without labels it is a denoising autoencoder: its loss is the mean of (model(x * mask) - x)^2,
+    with a new mask at each step. The backbone encodes; the head, which a fresh one will replace,
+    decodes. Weights, masks and the order of batches come from torch's global stream.
+
+    Parameters
+    ----------
+    X : Tensor of shape (n, d)
+        Standardised columns.
+    y : int64 Tensor of shape (n,), optional
+    steps : int, default=300
+        The epoch of the last one is completed.
+    batch_size : int, default=128
+    lr : float, default=3e-3
+        Adam's learning rate.
+    masked : float, default=0.3
+        Share of entries that are set to 0, the mean of their column.
+
+    Returns
+    -------
+    MLP
+
+    References
+    ----------
+    Vincent et al. (2008), section 2.3, doi:10.1145/1390156.1390294.
+    """
+
+    def _restore(model, x, y):
+        mask = torch.rand(x.shape) >= masked
+        return F.mse_loss(model(x * mask), x)
+
+    n, d = X.shape
+    model = MLP(d, n_classes=d if y is None else int(y.max()) + 1)
+    settings = {
+        "optimizer": Adam(model.parameters(), lr=lr, fused=True),
+        "epochs": math.ceil(steps / math.ceil(n / batch_size)),
+        "batch_size": batch_size,
+        "generator": torch.default_generator,
+        "loss": _restore if y is None else cross_entropy,
+    }
+    train(model, X, torch.zeros(n, dtype=torch.int64) if y is None else y, **settings)
+    return model
+
+
+def compare_methods(seed, *, data, budget, epochs=60):
+    """Train by each of `METHODS` on a few labelled rows, score them on rows that none has seen.
+
+    Where there are source rows the model is pre-trained on them, else on the pool without labels;
+    "scratch" and "logistic head" do without. Columns are standardised by mean and standard
+    deviation of the pool, those of the source by its own. Each method's rate is the one that gets
+    the most validation rows right, the smallest of equals.
+
+    A seed decides the split, the labelled rows and the random weights. The rows stay the same, so
+    an interval over seeds says nothing of other collections of rows.
+
+    Parameters
+    ----------
+    seed : int
+    data : Rows
+    budget : int
+        Labelled rows of each class to train on; as many others choose the learning rate.
+    epochs : int, default=60
+        Full-batch steps of each training.
+
+    Returns
+    -------
+    dict of str to float
+        Accuracy on the test rows in percent, of each method; and "margin", that of the closest
+        decision behind these and the choices of rates.
+
+    Raises
+    ------
+    ValueError
+        As in `check_budgets`.
+    """
+    check_budgets(data, [budget])
+    n_classes, rows = len(data.classes), split(data.y, budget, seed=seed)
+    X = _standardized(data.X, like=data.X[rows["pool"]])
+    of = {name: (X[numbers], data.y[numbers]) for name, numbers in rows.items()}
+    found, margins = {}, []
+    with reproducible(seed):
+        if data.X_source is None:
+            base = pretrain(X[rows["pool"]])
+        else:
+            base = pretrain(_standardized(data.X_source, like=data.X_source), data.y_source)
+        fresh, start = MLP(X.shape[1], n_classes=n_classes), with_fresh_head(base, n_classes)
+        for name in METHODS:
+            models = _trained(name, fresh if name == "scratch" else start, *of["few"], epochs)
+            scores = [evaluate(model, *of["validation"]) for model in models]
+            best = max(range(len(scores)), key=lambda i: scores[i].correct)  # the first of equals
+            scores.append(evaluate(models[best], *of["test"]))
+            found[name] = 100 * scores[-1].accuracy
+            margins += [score.margin for score in scores]
+    return found | {"margin": min(margins)}
+
+
+def _standardized(X, *, like):
+    sd = like.std(0, correction=0)
+    sd[sd == 0] = math.inf  # a column that does not vary in `like` becomes 0
+    return ((X - like.mean(0)) / sd).round(decimals=10)
+
+
+def _prepared(name, start):
+    """Return a copy of `start` in which what the method trains, and the head, are trainable."""
+    model = copy.deepcopy(start)
+    freeze(model)
+    METHODS[name](model)
+    unfreeze(model.head)
+    return model
+
+
+def _trained(name, start, X, y, epochs):
+    """Return one trained model for each learning rate; they start from the same parameters."""
+    if name == "logistic head":
+        return [_logistic_head(X, y, C) for C in STRENGTHS]
+    prepared, models = _prepared(name, start), []
+    for lr in RATES:
+        model = copy.deepcopy(prepared)
+        lr *= 3 if name in FEW_PARAMETERS else 1
+        if name == "linear probing":
+            linear_probe(model, X, y, epochs=epochs, lr=lr)
+        elif name == "LP-FT":
+            half = epochs // 2
+            lp_ft(model, X, y, probe_epochs=half, epochs=epochs - half, lr=lr)
+        else:
+            trained = [p for p in model.parameters() if p.requires_grad]
+            train(model, X, y, optimizer=Adam(trained, lr=lr, fused=True), epochs=epochs)
+        models.append(model)
+    return models
+
+
+def _logistic_head(X, y, C):
+    """Return scikit-learn's logistic regression as a linear layer."""
+    d, n_classes = X.shape[1], int(y.max()) + 1
+    # Newton's steps end at the same digits on every processor and L-BFGS's do not, but they cost
+    # the third power of the number of parameters
+    solver = "newton-cholesky" if d * n_classes <= 1000 else "lbfgs"
+    fitted = LogisticRegression(C=C, solver=solver, tol=1e-8, max_iter=1000).fit(X, y)
+    weight, bias = torch.from_numpy(fitted.coef_), torch.from_numpy(fitted.intercept_)
+    if n_classes == 2:  # scikit-learn has one column for two classes: the other logit is 0
+        weight, bias = F.pad(weight, (0, 0, 1, 0)), F.pad(bias, (1, 0))
+    head = nn.Linear(d, n_classes)
+    head.load_state_dict({"weight": weight, "bias": bias})
+    return head
+
+
+def method_sizes(data):
+    """Count the parameters that each of `METHODS` trains on the labelled rows.
+
+    Parameters
+    ----------
+    data : Rows
+
+    Returns
+    -------
+    dict of str to int
+        Of the logistic head what scikit-learn fits: one column for two classes.
+    """
+    d, n_classes = data.X.shape[1], len(data.classes)
+    sizes = {"logistic head": (d + 1) * (1 if n_classes == 2 else n_classes)}
+    with reproducible(0):
+        start = MLP(d, n_classes=n_classes)
+        for name in [name for name in METHODS if name != "logistic head"]:
+            sizes[name] = count_parameters(_prepared(name, start)).trainable
+    return sizes
+
+
+class Recommendation(NamedTuple):
+    """The smallest method that is not significantly worse than the best; prints as sentences.
+
+    Attributes
+    ----------
+    name, best : str
+        The recommended method, and the one with the highest mean.
+    comparisons : dict of str to Comparison
+        Each other method minus the best; p-values are adjusted by Holm.
+    scores : dict of str to Summary
+        Mean and interval of each method.
+    sizes : dict of str to int
+        Trained parameters of each method.
+    """
+
+    name: str
+    best: str
+    comparisons: dict
+    scores: dict
+    sizes: dict
+
+    def __str__(self):
+        n, m = self.scores[self.best].n, len(self.comparisons)
+        size = {name: f"{name} ({size:,} parameters)" for name, size in self.sizes.items()}
+        worse = [name for name, c in self.comparisons.items() if c.sign == "▼"]
+        lines = [f"Recommended: {size[self.name]}, accuracy {self.scores[self.name]} %"]
+        if self.name != self.best:
+            c = self.comparisons[self.name]
+            lines[0] += (
+                f"; {c.numbers} points against the best, {size[self.best]}: {c.verdict}"
+                f" (p = {c.p:.2f}, adjusted for {m} comparisons), and a difference below"
+                f" {c.detectable:.1f} points is too small for them to show"
+            )
+        elif self.sizes[self.best] == min(self.sizes.values()):
+            lines[0] += "; it is the best on average, and no method is smaller"
+        else:
+            lines[0] += "; it is the best on average, and all smaller ones are significantly worse"
+        if worse:
+            lines.append(f"Significantly worse than the best: {', '.join(worse)}")
+        else:
+            lines.append(
+                "No method is significantly worse than the best: size alone decides, and that no"
+                " difference was seen does not prove that there is none"
+            )
+        if n < (needed := _seeds_needed(m)):
+            lines.append(
+                f"With {n} seeds and {m} comparisons no difference, however large, can be"
+                f" significant: take at least {needed} seeds"
+            )
+        return "\n".join(lines)
+
+
+def recommend(results, sizes):
+    """Recommend the smallest method that is not significantly worse than the best.
+
+    The best has the highest mean. Each other method is compared with it, paired by seed, and the
+    p-values are adjusted for being several. Of two methods of one size, the better mean wins.
+
+    Parameters
+    ----------
+    results : dict of str to array of shape (n,)
+        As `helpers.study.run_seeds` returns. Names that are not in `sizes` are left out.
+    sizes : dict of str to int
+        Trained parameters of each method, as `method_sizes` returns.
+
+    Returns
+    -------
+    Recommendation
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two methods, one has no results, or there is one seed only.
+    """
+    if missing := [name for name in sizes if name not in results]:
+        raise ValueError(f"there are no results for {missing}, only for {list(results)}")
+    if len(sizes) < 2:
+        raise ValueError(f"a recommendation takes at least two methods, there is {list(sizes)}")
+    scores = summarize({name: results[name] for name in sizes})
+    best = min(sizes, key=lambda name: (-scores[name].mean, sizes[name]))
+    pairs = compare_pairs(results, [(name, best) for name in sizes if name != best])
+    comparisons = {name: c for (name, _), c in pairs.items()}
+    kept = [name for name in sizes if name == best or comparisons[name].sign != "▼"]
+    name = min(kept, key=lambda name: (sizes[name], -scores[name].mean))
+    return Recommendation(name, best, comparisons, scores, dict(sizes))
+
+
+def _seeds_needed(comparisons):
+    """Return the smallest n at which a sign-flip test, adjusted by Holm, can fall below 0.05."""
+    return next(n for n in range(1, 100) if 2 / 2**n * comparisons < 0.05)
