@@ -499,3 +499,95 @@ def plot_grid(ax, values, rows, columns, *, xlabel, ylabel, limits=(None, None))
     ax.set(xticklabels=columns, yticklabels=rows)
     ax.grid(False)
     ax.spines[:].set_visible(False)
+
+
+def plot_front(ax, points, front):
+    """Draw accuracy against a cost; what nothing beats is joined by a line and named.
+
+    Parameters
+    ----------
+    ax : Axes
+        In its final size: labels are placed where they overlap nothing.
+    points : dict of str to tuple of (float, Summary)
+        Cost and accuracy (%); the axis of costs is logarithmic.
+    front : sequence of str
+        Names on the Pareto front, from cheap to dear.
+    """
+    for name, (cost, s) in points.items():
+        on = name in front
+        colour = COLOURS[1] if on else FAINT
+        arms = [[s.mean - s.low], [s.high - s.mean]]
+        ax.errorbar(cost, s.mean, arms, color=colour, linewidth=1, zorder=2)
+        style = dict(color=colour, marker="D" if on else "o", edgecolor="white", zorder=3)
+        ax.scatter(cost, s.mean, s=45 if on else 22, **style)
+    line = [points[name] for name in front]
+    style = dict(color=COLOURS[1], linewidth=1, drawstyle="steps-post", zorder=1)
+    ax.plot([cost for cost, _ in line], [s.mean for _, s in line], **style)
+    ax.set(xscale="log", ylabel="accuracy (%)")
+    ax.margins(0.1)
+    _label(ax, {name: (points[name][0], points[name][1].mean) for name in front})
+
+
+def plot_fits(ax, totals, checkpointed, budgets):
+    """Draw the memory that each model needs by each recipe, on a logarithmic axis with budgets.
+
+    A filled marker keeps all activations, a hollow one recomputes them (gradient checkpointing).
+
+    Parameters
+    ----------
+    ax : Axes
+    totals, checkpointed : dict of str to dict of str to float
+        Model to recipe to bytes; at most 8 recipes, the same for each model.
+    budgets : sequence of float
+        GB of 10^9 bytes, drawn as vertical lines.
+    """
+    recipes = list(next(iter(totals.values())))
+    for i, recipe in enumerate(recipes):
+        style = dict(edgecolor=COLOURS[i], marker=MARKERS[i], s=50, linewidth=1.4, zorder=3)
+        for row, model in enumerate(totals):
+            y = row + 0.7 * ((i + 0.5) / len(recipes) - 0.5)  # a lane each: totals may be equal
+            pair = [totals[model][recipe] / 1e9, checkpointed[model][recipe] / 1e9]
+            ax.plot(pair, [y, y], color=COLOURS[i], linewidth=1, zorder=2)
+            ax.scatter(pair[1], y, facecolor="white", **style)
+            ax.scatter(pair[0], y, facecolor=COLOURS[i], label=None if row else recipe, **style)
+    ax.scatter([], [], s=50, facecolor="white", edgecolor=LINE, label="with checkpointing")
+    for gb in budgets:
+        ax.axvline(gb, color=LINE, linestyle="--", linewidth=1, zorder=1)
+        place = dict(xycoords=("data", "axes fraction"), textcoords="offset points", ha="center")
+        ax.annotate(f"{gb} GB", (gb, 1), (0, 3), color=LINE, **place)
+    for row in range(1, len(totals)):
+        ax.axhline(row - 0.5, color=FROZEN, linewidth=1, zorder=0)
+    ax.set(xscale="log", xlabel="memory of a training step (GB)")
+    ax.set(yticks=range(len(totals)), yticklabels=totals, ylim=(len(totals) - 0.5, -0.5))
+    ax.grid(False, axis="y")
+    ax.xaxis.set_major_formatter(lambda x, _: f"{x:,g}")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.45, -0.14), ncols=5)
+
+
+def plot_guide(ax, question, branches):
+    """Draw a decision as a tree from left to right: question, branches, leaves.
+
+    Parameters
+    ----------
+    ax : Axes
+        Its frame is hidden.
+    question : str
+    branches : dict of str to dict of str to str
+        For each answer its cases, each with what is recommended.
+    """
+    leaves = [(b, case, leaf) for b, cases in branches.items() for case, leaf in cases.items()]
+    rows = {b: [i for i, (name, *_) in enumerate(leaves) if name == b] for b in branches}
+    middle = {b: sum(at) / len(at) for b, at in rows.items()}
+    box = dict(boxstyle="round,pad=0.4", facecolor=FROZEN, edgecolor=LINE, linewidth=0.8)
+    style = dict(va="center", fontsize=9, zorder=3)
+    root = (len(leaves) - 1) / 2
+    ax.text(0, root, question, ha="left", bbox=box, **style)
+    for b, y in middle.items():
+        ax.plot([0.17, 0.28], [root, y], color=LINE, linewidth=1, zorder=1)
+        ax.text(0.28, y, b, ha="left", bbox=box, **style)
+    for i, (b, case, leaf) in enumerate(leaves):
+        ax.plot([0.45, 0.56], [middle[b], i], color=LINE, linewidth=1, zorder=1)
+        ax.text(0.545, i, case, ha="center", bbox=box | {"facecolor": "white"}, **style)
+        ax.text(0.65, i, leaf, ha="left", bbox=box | {"facecolor": TRAINED, "alpha": 0.5}, **style)
+    ax.set(xlim=(0, 1.05), ylim=(len(leaves) - 0.5, -0.5))
+    ax.axis("off")

@@ -3,29 +3,32 @@
 import copy
 import math
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch.optim import Adam
 
 from helpers import combine, inject
 from helpers.experiments import percent
-from helpers.freezing import freeze, param_groups, unfreeze
+from helpers.freezing import count_parameters, freeze, param_groups, unfreeze
 from helpers.models import TinyTransformer
 from helpers.strategies import l2_sp, linear_probe
 from helpers.study import reproducible, run_seeds
 from helpers.techniques import (
     LINEAR,
+    activation_bytes,
     linear_weights,
     operations,
     prepare,
     pretrained,
     samples,
+    step_memory,
     stream,
     technique,
 )
 from helpers.training import cross_entropy, evaluate, train
 
-LOW, HIGH = (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2)  # learning rates to choose from
+LOW, HIGH = (3e-3, 1e-2), (1e-2, 3e-2)  # learning rates to choose from
 ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
@@ -67,13 +70,11 @@ BUDGETS = {
         "OFT": technique(inject.inject_oft, *LINEAR, block_size=8),
         "adapters": technique(inject.inject_adapter, "fc2", reduction_factor=2.45),
         "prefix tuning": technique(inject.inject_prefix, "attention", num_virtual_tokens=14),
-        "prompt tuning": technique(inject.inject_prompt, "embed", num_virtual_tokens=56),
     },
     17_920: {
         "LoRA": _lora(*LINEAR, r=20),
         "DoRA": _dora(*LINEAR, r=19),
         "adapters": technique(inject.inject_adapter, "fc2", reduction_factor=0.2327),
-        "prefix tuning": technique(inject.inject_prefix, "attention", num_virtual_tokens=140),
         "full fine-tuning": _everything,
         "LP-FT": _everything,
         "L2-SP": _everything,
@@ -83,7 +84,10 @@ BUDGETS = {
 CONFIGURATIONS = {"linear probing": _nothing} | {
     f"{name}, {budget:,}": way for budget, ways in BUDGETS.items() for name, way in ways.items()
 }
-LABELS = ("from scratch", "full fine-tuning", "LP-FT", "LoRA", "linear probing")
+BY_LABELS = (  # what is compared from one label of each class to 50
+    *("from scratch, 17,920", "full fine-tuning, 17,920", "LP-FT, 17,920"),
+    *("LoRA, 1,792", "linear probing"),
+)
 
 
 def _on_codes(code, *, r=2):
@@ -96,8 +100,7 @@ def _on_codes(code, *, r=2):
     return _inject
 
 
-FOUR_BIT = {
-    "LoRA": _lora(*LINEAR, r=2),
+FOUR_BIT = {  # of the same rank as "LoRA, 1,792"
     "QLoRA, NF4": _on_codes("nf4"),
     "QLoRA, int4": _on_codes("int4"),
     "LoftQ, NF4": technique(inject.inject_loftq, *LINEAR, r=2, lora_alpha=4),
@@ -123,8 +126,29 @@ def rates_for(name):
     return LOW if name.startswith(moves) and not name.endswith(", 192") else HIGH
 
 
-def equal_compute(*, epochs=40, configurations=CONFIGURATIONS, per_class=10):
-    """Count how many steps of each technique cost as much as full fine-tuning for some epochs.
+class Cost(NamedTuple):
+    """What a configuration costs on one batch.
+
+    Attributes
+    ----------
+    trained : int
+        Parameters.
+    flops : int
+        Operations of one step, as `helpers.techniques.operations` counts them.
+    memory : int
+        Bytes of one step in float64: weights, gradients, Adam's state, activations.
+    steps : int
+        As many as cost what full fine-tuning costs in the epochs asked for; at least 1.
+    """
+
+    trained: int
+    flops: int
+    memory: int
+    steps: int
+
+
+def costs(*, epochs=40, configurations=CONFIGURATIONS, per_class=10):
+    """Count what each configuration trains, computes and keeps, and its steps at equal compute.
 
     Parameters
     ----------
@@ -136,17 +160,40 @@ def equal_compute(*, epochs=40, configurations=CONFIGURATIONS, per_class=10):
 
     Returns
     -------
-    steps : dict of str to int
-        At least 1.
-    flops : dict of str to int
-        Floating-point operations of one step, as `helpers.techniques.operations` counts them.
+    dict of str to Cost
     """
-    rows = samples(0, "turned", per_class=per_class)["few"]
+    rows, found = samples(0, "turned", per_class=per_class)["few"], {}
     with reproducible(0):
-        model = TinyTransformer()
-        flops = {n: operations(prepare(model, way), *rows) for n, way in configurations.items()}
-        whole = operations(prepare(model, _everything), *rows)
-    return {n: max(epochs * whole // each, 1) for n, each in flops.items()}, flops
+        base = TinyTransformer()
+        whole = epochs * operations(prepare(base, _everything), *rows)
+        for name, way in configurations.items():
+            model = prepare(base, way)
+            flops, counted = operations(model, *rows), count_parameters(model)
+            parts = step_memory(*counted, activation_bytes(model, *rows))
+            steps = max(whole // flops, 1)
+            found[name] = Cost(counted.trainable, flops, sum(parts.values()), steps)
+    return found
+
+
+def pareto_front(points):
+    """Return the names that no other beats: none costs as little or less and scores higher.
+
+    Parameters
+    ----------
+    points : dict of str to tuple of (float, float)
+        Cost, the lower the better, and score, the higher the better.
+
+    Returns
+    -------
+    list of str
+        From cheap to dear.
+    """
+    front, best = [], -math.inf
+    for name in sorted(points, key=lambda name: (points[name][0], -points[name][1])):
+        if points[name][1] > best:
+            front.append(name)
+            best = points[name][1]
+    return front
 
 
 def learn(model, rows, *, lr, marks, name="", alpha=1.0, seed=0):
@@ -243,9 +290,9 @@ def choose_settings(
     target : str
         A key of `helpers.techniques.TARGETS`.
     seeds : sequence of int
-        Others than those of the measurement.
+        Others than those of the measurement. None of them: the lowest rate, and all steps.
     steps : dict of str to int
-        Most steps of each configuration to choose for; a quarter and a half are tried, too.
+        Most steps of each configuration; half of them are tried, too.
     configurations : dict of str to callable, default=CONFIGURATIONS
     workers : int, optional
         As in `helpers.study.run_seeds`.
@@ -257,13 +304,15 @@ def choose_settings(
     chosen : dict of str to list of (float, list of int)
         What `compare_budgets` takes as settings: one rate, one number of steps. Of equals, the
         lower rate and the fewer steps.
-    margins : array of shape (seeds,)
-        Closest decisions.
+    margins : sequence of float
+        Of each seed, the closest decision.
     """
     tries = {
-        name: [(lr, sorted({max(n // 4, 1), max(n // 2, 1), n})) for lr in rates_for(name)]
+        name: [(lr, sorted({max(n // 2, 1), n})) for lr in rates_for(name)]
         for name, n in steps.items()
     }
+    if not len(seeds):
+        return {n: [(several[0][0], several[0][1][-1:])] for n, several in tries.items()}, []
     experiment = partial(
         compare_budgets,
         target=target,

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 PART1 = ROOT / "notebooks" / "01_transfer_learning.ipynb"
 PART2 = ROOT / "notebooks" / "02_peft_techniques.ipynb"
+PART3 = ROOT / "notebooks" / "03_peft_in_practice.ipynb"
 SEED = """
 Train: torch.Size([400, 20])  |  Test: torch.Size([100, 20])  |  Classes: 4
 Pre-trained base accuracy: 81.00%
@@ -127,6 +128,23 @@ OTHER = {
         | {"lora_alpha": 1.0, "workers": 1},
         ["logits: 0 of 4", "Trainable: 748 / 8,332", "few 30, validation 200", "logits: 0 of 2"],
     ),
+    PART3: (
+        {
+            "n_seeds": 2,
+            "tuning_seeds": 0,
+            "epochs": 8,
+            "few": 1,
+            "many": 3,
+            "seed": 3,
+            "workers": 1,
+        },
+        [
+            "differences, n = 2",
+            "1 labels per class: ",
+            "3 labels per class: ",
+            "6 cases, n = 2 each",
+        ],
+    ),
 }
 
 
@@ -172,11 +190,26 @@ BAD2 = [
     ("threads", 0, "threads = 0 must be from 1"),
     ("seed", -1, "seed = -1 must be from 0"),
 ]
-ALL_BAD = [(PART1, *case) for case in BAD] + [(PART2, *case) for case in BAD2]
+BAD3 = [
+    ("n_seeds", 1, "n_seeds = 1 must be from 2 to 1000"),
+    ("tuning_seeds", -1, "tuning_seeds = -1 must be from 0"),
+    ("epochs", 7, "epochs = 7 must be from 8"),
+    ("few", 0, "few = 0 must be from 1"),
+    ("many", 2.0, "many = 2.0 must be an integer from 1"),
+    ("data_path", "nowhere.npz", "nowhere.npz: there is no such file"),
+    ("data_path", __file__, "test_notebooks.py is no .npz file"),
+    ("workers", 65, "workers = 65 must be from 0"),
+    ("threads", 0, "threads = 0 must be from 1"),
+    ("seed", -1, "seed = -1 must be from 0"),
+]
+BY_PART = {PART1: BAD, PART2: BAD2, PART3: BAD3}
+ALL_BAD = [(part, *case) for part, cases in BY_PART.items() for case in cases]
 
 
 @pytest.mark.parametrize(
-    "part, name, value, told", ALL_BAD, ids=[f"{p.stem[:2]}-{n}={v}" for p, n, v, _ in ALL_BAD]
+    "part, name, value, told",
+    ALL_BAD,
+    ids=[f"{p.stem[:2]}-{n}={Path(str(v)).name}" for p, n, v, _ in ALL_BAD],
 )
 def test_a_bad_value_stops_in_the_first_cells_with_one_sentence(part, name, value, told):
     code = [c for c in nbformat.read(part, as_version=4).cells if c.cell_type == "code"][:4]
@@ -197,7 +230,9 @@ def test_a_bad_value_stops_in_the_first_cells_with_one_sentence(part, name, valu
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_every_parameter_is_described_with_its_range(path):
     listed = parameters(nbformat.read(path, as_version=4))
-    for name, (_, meaning) in listed.items():
+    for name, (value, meaning) in listed.items():
+        if isinstance(value, str):  # a path has no range
+            continue
         assert re.search(r"\d.* to (\d|the number of cores)", meaning), f"{name}: {meaning}"
 
 

@@ -445,3 +445,44 @@ def test_grids_that_are_compared_share_their_colours(ax):
     limits, names = (0, 80), {"xlabel": "rank", "ylabel": "rate"}
     plotting.plot_grid(ax, [[10, 20]], ["a"], [1, 2], **names, limits=limits)
     assert ax.images[0].get_clim() == limits
+
+
+def test_a_front_is_joined_and_named_and_the_rest_is_faint(ax):
+    points = {n: (x, s) for n, x, s in zip("abc", (1, 10, 100), summaries(5, 9, 7), strict=True)}
+    plotting.plot_front(ax, points, ["a", "b"])
+    assert {t.get_text() for t in ax.texts} == {"a", "b"}
+    line = next(line for line in ax.lines if len(line.get_xdata()) == 2)
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([1, 10], [5, 9])
+    dots = [c for c in ax.collections if len(c.get_facecolor()) == 1]
+    colours = [to_hex(c.get_facecolor()[0]) for c in dots]
+    assert colours[0] == colours[1] != colours[2] and ax.get_xscale() == "log"
+
+
+def test_what_fits_is_left_of_its_budget_and_checkpointing_is_hollow(ax):
+    totals = {"small": {"full": 9e9, "LoRA": 2e9}, "large": {"full": 9e10, "LoRA": 3e10}}
+    less = {m: {r: v / 2 for r, v in recipes.items()} for m, recipes in totals.items()}
+    plotting.plot_fits(ax, totals, less, (8, 24))
+    drawn = {
+        (c.get_offsets()[0][0], same_color(c.get_facecolor()[0], "white"))
+        for c in ax.collections
+        if len(c.get_offsets()) == 1
+    }
+    assert drawn == {(9, False), (4.5, True), (2, False), (1, True)} | {
+        (90, False), (45, True), (30, False), (15, True)
+    }  # fmt: skip
+    assert [t.get_text() for t in ax.texts] == ["8 GB", "24 GB"]
+    labels = [t.get_text() for t in ax.get_legend().get_texts()]
+    assert labels == ["full", "LoRA", "with checkpointing"]
+
+
+def test_a_guide_shows_every_case_once_and_nothing_overlaps():
+    fig, ax = plt.subplots(figsize=(9, 4))
+    branches = {"near": {"1": "probe: 40 %", "50": "LoRA: 80 %"}, "far": {"1": "scratch: 30 %"}}
+    plotting.plot_guide(ax, "How far?", branches)
+    texts = [t.get_text() for t in ax.texts]
+    leaves = {leaf for cases in branches.values() for leaf in cases.values()}
+    assert sorted(texts) == sorted(["How far?", "near", "far", "1", "50", "1", *leaves])
+    fig.draw_without_rendering()
+    boxes = [t.get_bbox_patch().get_window_extent() for t in ax.texts]
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+    plt.close(fig)
