@@ -28,7 +28,7 @@ from helpers.techniques import (
 )
 from helpers.training import cross_entropy, evaluate, train
 
-LOW, HIGH = (3e-3, 1e-2), (1e-2, 3e-2)  # learning rates to choose from
+LOW, HIGH = (1e-3, 3e-3, 1e-2), (1e-2, 3e-2)  # learning rates to choose from
 ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
