@@ -101,6 +101,10 @@ def save_peft(model, folder):
     equal LoRA of rank 2r, s [B, -B0] [A; A0], whose dropout also acts on the input of A0. Modules
     that are trained outside the adapters, such as a head, go whole.
 
+    On a base that `helpers.inject.quantize_layers` changed, the folder belongs to that base after
+    `helpers.inject.dequantize_layers`, not to the original weights: what A and B learned makes up
+    for rounding, too, and LoftQ's start is made of it.
+
     Parameters
     ----------
     model : nn.Module

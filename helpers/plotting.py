@@ -10,6 +10,7 @@ import torch
 from IPython.display import Markdown, display
 from matplotlib.patches import FancyBboxPatch, Patch, Rectangle
 from matplotlib.text import Text
+from matplotlib.ticker import LogLocator
 
 from helpers import layers
 from helpers.inject import adapters
@@ -524,7 +525,10 @@ def plot_front(ax, points, front):
     style = dict(color=COLOURS[1], linewidth=1, drawstyle="steps-post", zorder=1)
     ax.plot([cost for cost, _ in line], [s.mean for _, s in line], **style)
     ax.set(xscale="log", ylabel="accuracy (%)")
-    ax.margins(0.1)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter(lambda x, _: f"{x:,g}")
+    ax.minorticks_off()
+    ax.margins(0.15, 0.35)  # room for names
     _label(ax, {name: (points[name][0], points[name][1].mean) for name in front})
 
 
@@ -581,13 +585,13 @@ def plot_guide(ax, question, branches):
     box = dict(boxstyle="round,pad=0.4", facecolor=FROZEN, edgecolor=LINE, linewidth=0.8)
     style = dict(va="center", fontsize=9, zorder=3)
     root = (len(leaves) - 1) / 2
-    ax.text(0, root, question, ha="left", bbox=box, **style)
-    for b, y in middle.items():
-        ax.plot([0.17, 0.28], [root, y], color=LINE, linewidth=1, zorder=1)
-        ax.text(0.28, y, b, ha="left", bbox=box, **style)
+    ax.text(0.09, root, question, ha="center", bbox=box, **style)
+    for b, y in middle.items():  # lines run from middle to middle, below the boxes
+        ax.plot([0.09, 0.34], [root, y], color=LINE, linewidth=1, zorder=1)
+        ax.text(0.34, y, b, ha="center", bbox=box, **style)
     for i, (b, case, leaf) in enumerate(leaves):
-        ax.plot([0.45, 0.56], [middle[b], i], color=LINE, linewidth=1, zorder=1)
-        ax.text(0.545, i, case, ha="center", bbox=box | {"facecolor": "white"}, **style)
-        ax.text(0.65, i, leaf, ha="left", bbox=box | {"facecolor": TRAINED, "alpha": 0.5}, **style)
+        ax.plot([0.34, 0.58, 0.68], [middle[b], i, i], color=LINE, linewidth=1, zorder=1)
+        ax.text(0.58, i, case, ha="center", bbox=box | {"facecolor": "white"}, **style)
+        ax.text(0.68, i, leaf, ha="left", bbox=box | {"facecolor": "#FBE3B0"}, **style)
     ax.set(xlim=(0, 1.05), ylim=(len(leaves) - 0.5, -0.5))
     ax.axis("off")
