@@ -22,7 +22,7 @@ from helpers.freezing import count_parameters, freeze, unfreeze
 from helpers.inject import inject_adapter, inject_bitfit, inject_lora
 from helpers.models import MLP, with_fresh_head
 from helpers.strategies import linear_probe, lp_ft
-from helpers.study import compare_pairs, reproducible, summarize
+from helpers.study import compare_pairs, reproducible, seeds_needed, summarize
 from helpers.training import cross_entropy, evaluate, train
 
 ARRAYS = ("X", "y", "X_source", "y_source")
@@ -150,7 +150,7 @@ def check_arrays(X, y, X_source=None, y_source=None):
         given, absent = ARRAYS[2:] if y_source is None else ARRAYS[:1:-1]
         raise ValueError(f"{given} comes without {absent}: give both, or neither")
     X, y, classes, notes = _checked(X, y, "X", "y")
-    distinct = {row.tobytes() for row in X.numpy()}
+    distinct = {_bytes(row) for row in X.numpy()}
     if copies := len(X) - len(distinct):
         notes.append(f"{copies} rows of X repeat others: some may be trained on and scored as well")
     if X_source is not None:
@@ -161,12 +161,18 @@ def check_arrays(X, y, X_source=None, y_source=None):
                 f"X_source has {X_source.shape[1]} columns and X has {X.shape[1]}: both must come"
                 " from the same encoder"
             )
-        if shared := [i for i, row in enumerate(X_source.numpy()) if row.tobytes() in distinct]:
+        if shared := [i for i, row in enumerate(X_source.numpy()) if _bytes(row) in distinct]:
             raise ValueError(
                 f"{len(shared)} rows of X_source are in X too, the first is row {shared[0]}: leave"
                 " them out, no method may pre-train on the labels that it is scored on"
             )
     return Rows(X, y, X_source, y_source, classes, notes)
+
+
+def _bytes(row):
+    """Return what two rows share that are equal in single precision; -0.0 equals 0.0."""
+    with np.errstate(over="ignore"):
+        return (row.astype(np.float32) + 0.0).tobytes()
 
 
 def _first_line(error):
@@ -458,6 +464,7 @@ class Recommendation(NamedTuple):
 
     def __str__(self):
         n, m = self.scores[self.best].n, len(self.comparisons)
+        needed = seeds_needed(m)
         size = {name: f"{name} ({size:,} parameters)" for name, size in self.sizes.items()}
         worse = [name for name, c in self.comparisons.items() if c.sign == "▼"]
         lines = [f"Recommended: {size[self.name]}, accuracy {self.scores[self.name]} %"]
@@ -465,9 +472,13 @@ class Recommendation(NamedTuple):
             c = self.comparisons[self.name]
             lines[0] += (
                 f"; {c.numbers} points against the best, {size[self.best]}: {c.verdict}"
-                f" (p = {c.p:.2f}, adjusted for {m} comparisons), and a difference below"
-                f" {c.detectable:.1f} points is too small for them to show"
+                f" (p = {c.p:.2f}, adjusted for {m} comparisons)"
             )
+            if n >= needed:
+                few = c.detectable_among(m)
+                lines[0] += (
+                    f", and a difference below {few:.1f} points is too small for them to show"
+                )
         elif self.sizes[self.best] == min(self.sizes.values()):
             lines[0] += "; it is the best on average, and no method is smaller"
         else:
@@ -479,7 +490,7 @@ class Recommendation(NamedTuple):
                 "No method is significantly worse than the best: size alone decides, and that no"
                 " difference was seen does not prove that there is none"
             )
-        if n < (needed := _seeds_needed(m)):
+        if n < needed:
             lines.append(
                 f"With {n} seeds and {m} comparisons no difference, however large, can be"
                 f" significant: take at least {needed} seeds"
@@ -492,6 +503,10 @@ def recommend(results, sizes):
 
     The best has the highest mean. Each other method is compared with it, paired by seed, and the
     p-values are adjusted for being several. Of two methods of one size, the better mean wins.
+
+    The best is picked on the scores that it is then compared by, so its own mean is somewhat too
+    high. Where 8 methods are equally good, at 10 seeds, some are called worse in about 10 of 100
+    simulated runs, not in 5, and the smallest in 2.
 
     Parameters
     ----------
@@ -520,8 +535,3 @@ def recommend(results, sizes):
     kept = [name for name in sizes if name == best or comparisons[name].sign != "▼"]
     name = min(kept, key=lambda name: (sizes[name], -scores[name].mean))
     return Recommendation(name, best, comparisons, scores, dict(sizes))
-
-
-def _seeds_needed(comparisons):
-    """Return the smallest n at which a sign-flip test, adjusted by Holm, can fall below 0.05."""
-    return next(n for n in range(1, 100) if 2 / 2**n * comparisons < 0.05)

@@ -4,7 +4,9 @@ import ast
 import inspect
 from itertools import product
 from operator import attrgetter
+from pathlib import Path
 
+import nbformat
 import numpy as np
 import torch
 from IPython.display import Markdown, display
@@ -17,6 +19,7 @@ from helpers.inject import adapters
 from helpers.models import stages
 from helpers.study import summarize
 
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 # Okabe & Ito's palette, told apart by colour-blind readers; each colour has a marker of its own
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A8A00"]
 MARKERS = "osD^vPX*"
@@ -91,6 +94,32 @@ def show_table(header, rows):
     """
     lines = [header, ["---"] * len(header), *rows]
     display(Markdown("\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)))
+
+
+def show_stored(name, cell, *, folder=NOTEBOOKS):
+    """Display the tables that a cell of another notebook has stored.
+
+    Parameters
+    ----------
+    name : str
+        Of the notebook's file.
+    cell : str
+        Id of the cell.
+    folder : Path, default=NOTEBOOKS
+        This project's ``notebooks/``.
+
+    Raises
+    ------
+    ValueError
+        If the notebook or the table is missing.
+    """
+    path = folder / name
+    cells = nbformat.read(path, as_version=4).cells if path.exists() else []
+    outputs = [o for c in cells if c.id == cell for o in c.get("outputs", [])]
+    tables = [o.data["text/markdown"] for o in outputs if "text/markdown" in o.get("data", {})]
+    if not tables:
+        raise ValueError(f"{name} has no table in a cell {cell!r}: store it with `make execute`")
+    display(Markdown("\n\n".join(tables)))
 
 
 def plot_classes(ax, points, y, *, filled=True, label="class"):
@@ -502,7 +531,7 @@ def plot_grid(ax, values, rows, columns, *, xlabel, ylabel, limits=(None, None))
     ax.spines[:].set_visible(False)
 
 
-def plot_front(ax, points, front):
+def plot_front(ax, points, front, *, xscale="log"):
     """Draw accuracy against a cost; what nothing beats is joined by a line and named.
 
     Parameters
@@ -510,9 +539,11 @@ def plot_front(ax, points, front):
     ax : Axes
         In its final size: labels are placed where they overlap nothing.
     points : dict of str to tuple of (float, Summary)
-        Cost and accuracy (%); the axis of costs is logarithmic.
+        Cost and accuracy (%).
     front : sequence of str
         Names on the Pareto front, from cheap to dear.
+    xscale : str, default="log"
+        Of the axis of costs.
     """
     for name, (cost, s) in points.items():
         on = name in front
@@ -524,12 +555,15 @@ def plot_front(ax, points, front):
     line = [points[name] for name in front]
     style = dict(color=COLOURS[1], linewidth=1, drawstyle="steps-post", zorder=1)
     ax.plot([cost for cost, _ in line], [s.mean for _, s in line], **style)
-    ax.set(xscale="log", ylabel="accuracy (%)")
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.xaxis.set_major_formatter(lambda x, _: f"{x:,g}")
-    ax.minorticks_off()
-    ax.margins(0.15, 0.35)  # room for names
+    ax.set(xscale=xscale, ylabel="accuracy (%)")
+    if xscale == "log":
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x:,g}")
+        ax.minorticks_off()
+    ax.margins(0.15, 0.25)  # room for names
     _label(ax, {name: (points[name][0], points[name][1].mean) for name in front})
+    for text in ax.texts:  # the front's line passes behind
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})
 
 
 def plot_fits(ax, totals, checkpointed, budgets):

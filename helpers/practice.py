@@ -26,9 +26,10 @@ from helpers.techniques import (
     stream,
     technique,
 )
-from helpers.training import cross_entropy, evaluate, train
+from helpers.training import cross_entropy, evaluate, extract_features, train
 
-LOW, HIGH = (1e-3, 3e-3, 1e-2), (1e-2, 3e-2)  # learning rates to choose from
+ENOUGH = 2_000  # steps of linear probing, after which its accuracy stands still
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # learning rates; `rates_for` says whose are which
 ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
@@ -110,20 +111,26 @@ FOUR_BIT = {  # of the same rank as "LoRA, 1,792"
 def rates_for(name):
     """Return the learning rates that a configuration chooses from.
 
-    Where every weight can move far, the largest rate is left out: training is so unstable there
-    that rounding grows until processors disagree.
+    Three neighbours of `RATES`. They come from a wider search, on validation images: none outside
+    was better beyond noise, or where it was, processors disagree by rounding.
 
     Parameters
     ----------
     name : str
-        A key of `CONFIGURATIONS`.
+        A key of `CONFIGURATIONS` or `FOUR_BIT`.
 
     Returns
     -------
     tuple of float
+        Ascending.
     """
-    moves = ("LoRA", "QLoRA", "LoftQ", "PiSSA", "DoRA", "full", "LP-FT", "L2-SP", "from scratch")
-    return LOW if name.startswith(moves) and not name.endswith(", 192") else HIGH
+    way, _, budget = name.partition(", ")
+    if way in ("full fine-tuning", "LP-FT", "L2-SP", "from scratch"):
+        return RATES[:3]
+    if name in ("linear probing", "DoRA, 1,792", "adapters, 17,920"):
+        return RATES[2:5]
+    low_rank = way in ("LoRA", "PiSSA", "DoRA", "QLoRA", "LoftQ") and budget != "192"
+    return RATES[1:4] if low_rank else RATES[3:]
 
 
 class Cost(NamedTuple):
@@ -134,11 +141,13 @@ class Cost(NamedTuple):
     trained : int
         Parameters.
     flops : int
-        Operations of one step, as `helpers.techniques.operations` counts them.
+        Operations of one step, as `helpers.techniques.operations` counts them. Linear probing
+        computes the frozen body's features once, before the first step.
     memory : int
-        Bytes of one step in float64: weights, gradients, Adam's state, activations.
+        Bytes of one step in float64: weights and buffers, gradients, Adam's state, activations.
     steps : int
-        As many as cost what full fine-tuning costs in the epochs asked for; at least 1.
+        As many as cost what full fine-tuning costs in the epochs asked for; at least 1. Linear
+        probing gets `ENOUGH`, since it could have far more.
     """
 
     trained: int
@@ -150,28 +159,36 @@ class Cost(NamedTuple):
 def costs(*, epochs=40, configurations=CONFIGURATIONS, per_class=10):
     """Count what each configuration trains, computes and keeps, and its steps at equal compute.
 
+    Left out: LP-FT's first phase, which on cached features costs less than a step.
+
     Parameters
     ----------
     epochs : int, default=40
         Of full fine-tuning.
     configurations : dict of str to callable, default=CONFIGURATIONS
     per_class : int, default=10
-        Labelled images of each digit, one batch.
+        Labelled images of each digit; a batch has at most 10 of each.
 
     Returns
     -------
     dict of str to Cost
     """
-    rows, found = samples(0, "turned", per_class=per_class)["few"], {}
+    (X, y), found = samples(0, "turned", per_class=min(per_class, 10))["few"], {}
     with reproducible(0):
         base = TinyTransformer()
-        whole = epochs * operations(prepare(base, _everything), *rows)
+        full = operations(prepare(base, _everything), X, y)
+        whole = epochs * math.ceil(per_class / 10) * full
         for name, way in configurations.items():
             model = prepare(base, way)
-            flops, counted = operations(model, *rows), count_parameters(model)
-            parts = step_memory(*counted, activation_bytes(model, *rows))
-            steps = max(whole // flops, 1)
-            found[name] = Cost(counted.trainable, flops, sum(parts.values()), steps)
+            head_only = name.startswith("linear probing")
+            trained, rows = (model.head, extract_features(model, X)) if head_only else (model, X)
+            flops, counted = operations(trained, rows, y), count_parameters(model)
+            memory = sum(step_memory(*counted, activation_bytes(model, X, y)).values())
+            memory += sum(b.nbytes for b in model.buffers())
+            if name.startswith("L2-SP"):  # w0, and w - w0, whose square is kept for the backward
+                memory += 16 * counted.trainable
+            steps = ENOUGH if head_only else max(whole // flops, 1)
+            found[name] = Cost(counted.trainable, flops, memory, steps)
     return found
 
 
@@ -199,8 +216,9 @@ def pareto_front(points):
 def learn(model, rows, *, lr, marks, name="", alpha=1.0, seed=0):
     """Train what is trainable by Adam, and pause at each of `marks`.
 
-    A step takes 100 rows, or all if there are fewer. LP-FT trains the head on cached features
-    before the first step, 40 epochs at 1e-2; L2-SP adds alpha / 2 ||w - w0||^2 to the loss.
+    A step takes 100 rows, or all if there are fewer. Linear probing trains on cached features.
+    LP-FT does so before the first step, 40 epochs at 1e-2; L2-SP adds alpha / 2 ||w - w0||^2 to
+    the loss.
 
     Parameters
     ----------
@@ -221,7 +239,9 @@ def learn(model, rows, *, lr, marks, name="", alpha=1.0, seed=0):
     int
         The mark that is reached.
     """
-    if name.startswith("LP-FT"):
+    if name.startswith("linear probing"):
+        model, rows = model.head, (extract_features(model, rows[0]), rows[1])
+    elif name.startswith("LP-FT"):
         linear_probe(model, *rows, epochs=40, lr=1e-2)
         unfreeze(model)
     loss = l2_sp(model, alpha=alpha, fresh="") if name.startswith("L2-SP") else cross_entropy
@@ -290,9 +310,10 @@ def choose_settings(
     target : str
         A key of `helpers.techniques.TARGETS`.
     seeds : sequence of int
-        Others than those of the measurement. None of them: the lowest rate, and all steps.
+        Others than those of the measurement. None of them: the middle rate, and all steps.
     steps : dict of str to int
-        Most steps of each configuration; half of them are tried, too.
+        Most steps of each configuration; half of them are tried, too. Linear probing, which has
+        many, also tries a tenth and a fiftieth.
     configurations : dict of str to callable, default=CONFIGURATIONS
     workers : int, optional
         As in `helpers.study.run_seeds`.
@@ -307,12 +328,14 @@ def choose_settings(
     margins : sequence of float
         Of each seed, the closest decision.
     """
-    tries = {
-        name: [(lr, sorted({max(n // 2, 1), n})) for lr in rates_for(name)]
-        for name, n in steps.items()
-    }
+    tries = {}
+    for name, n in steps.items():
+        parts = (50, 10, 2, 1) if name.startswith("linear probing") else (2, 1)
+        marks = sorted({max(n // part, 1) for part in parts})
+        tries[name] = [(lr, marks) for lr in rates_for(name)]
     if not len(seeds):
-        return {n: [(several[0][0], several[0][1][-1:])] for n, several in tries.items()}, []
+        middle = {name: several[len(several) // 2] for name, several in tries.items()}
+        return {name: [(lr, marks[-1:])] for name, (lr, marks) in middle.items()}, []
     experiment = partial(
         compare_budgets,
         target=target,
@@ -389,8 +412,9 @@ def combine_adapters(seed, *, lr, tasks=("inverted", "turned"), r=4, steps=40, p
     Returns
     -------
     dict of str to float
-        "combination/domain": accuracy in percent, the source among the domains; "cross term", its
-        Frobenius norm in percent of that of the mean update; and "margin".
+        "combination/domain": accuracy in percent, the source among the domains; "distance", from
+        the update of averaged A and B to the averaged update, in percent of the latter's Frobenius
+        norm; and "margin".
     """
     base = pretrained(seed)
     rows = {task: samples(seed, task, per_class=per_class) for task in tasks}
@@ -422,7 +446,7 @@ def combine_adapters(seed, *, lr, tasks=("inverted", "turned"), r=4, steps=40, p
             for domain, test in tests.items()
         }
     off = combine.weighted_sum([wrong, mean], [1.0, -1.0])
-    return percent(scores) | {"cross term": 100 * _size(off) / _size(mean)}
+    return percent(scores) | {"distance": 100 * _size(off) / _size(mean)}
 
 
 def forget_digit(seed, *, lr, scales=(0.25, 0.5, 1.0), r=4, steps=40, per_class=25):

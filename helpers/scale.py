@@ -80,6 +80,12 @@ TECHNIQUES = {  # name: a function of a frozen model; BitFit refuses Llama, whic
     "(IA)3": _ia3,
     "BitFit": inject.inject_bitfit,
 }
+PUBLISHED = {  # trained parameters, and where they are printed
+    ("RoBERTa-base", "LoRA on q, v, r=8"): (294_912, "0.3M, Hu et al. 2021, Table 2"),
+    ("Llama-2 7B", "LoRA on q, v, r=8"): (4_194_304, "4,194,304, torchtune's docs"),
+    ("Llama-2 7B", "LoRA on all linears, r=16"): (39_976_960, "39,976,960, by peft"),
+    ("GPT-3 175B", "LoRA on q, v, r=8"): (37_748_736, "37.7M, Hu et al. 2021, Table 4"),
+}
 # The type that the model runs in, and bytes of each trained parameter's gradient and optimiser
 # state. Adam keeps two float32 moments and, beside bfloat16 weights, a float32 copy of these: 16
 # bytes in all either way (Rajbhandari et al. 2019, section 3.1, arXiv:1910.02054)

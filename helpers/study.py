@@ -221,8 +221,39 @@ class Comparison(NamedTuple):
         rounded = map(_even, (self.difference, self.low, self.high))
         return "{:+z.1f} [{:+z.1f}, {:+z.1f}]".format(*rounded)
 
+    def detectable_among(self, comparisons):
+        """Return the difference found with 80 % power where Holm adjusts for several comparisons.
+
+        Parameters
+        ----------
+        comparisons : int
+            So many; the first of them to be found is tested at 0.05 / comparisons.
+
+        Returns
+        -------
+        float
+        """
+        one, several, power = stats.t.ppf([0.975, 1 - 0.025 / comparisons, 0.8], self.n - 1)
+        return float(self.detectable * (several + power) / (one + power))
+
     def __str__(self):
         return f"{self.numbers:>20s}  {self.verdict}"
+
+
+def seeds_needed(comparisons):
+    """Return the smallest number of seeds at which any of these comparisons can be significant.
+
+    The sign-flip test's smallest p is 2 / 2^n, and Holm multiplies it by their number.
+
+    Parameters
+    ----------
+    comparisons : int
+
+    Returns
+    -------
+    int
+    """
+    return next(n for n in range(1, 100) if 2 / 2**n * comparisons < 0.05)
 
 
 def compare(a, b):

@@ -3,6 +3,7 @@
 from itertools import combinations
 
 import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -456,6 +457,27 @@ def test_a_front_is_joined_and_named_and_the_rest_is_faint(ax):
     dots = [c for c in ax.collections if len(c.get_facecolor()) == 1]
     colours = [to_hex(c.get_facecolor()[0]) for c in dots]
     assert colours[0] == colours[1] != colours[2] and ax.get_xscale() == "log"
+
+
+def test_a_front_of_a_linear_cost_keeps_its_axis(ax):
+    points = {"a": (0, Summary(5, 1, 4, 6, 9)), "b": (80, Summary(9, 1, 8, 10, 9))}
+    plotting.plot_front(ax, points, ["a", "b"], xscale="linear")
+    assert ax.get_xscale() == "linear" and ax.get_xlim()[0] < 0
+
+
+def test_a_stored_table_is_shown_again_and_a_missing_one_is_named(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(plotting, "display", shown.append)
+    path = tmp_path / "a.ipynb"
+    output = nbformat.v4.new_output("display_data", {"text/markdown": "| 7 |"})
+    cells = [nbformat.v4.new_code_cell(id=name) for name in ("with", "without")]
+    cells[0].outputs = [nbformat.v4.new_output("stream", text="no table"), output]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    plotting.show_stored("a.ipynb", "with", folder=tmp_path)
+    assert [m.data for m in shown] == ["| 7 |"]
+    for name, cell in (("a.ipynb", "without"), ("b.ipynb", "with")):
+        with pytest.raises(ValueError, match=f"{name} has no table in a cell '{cell}': store it"):
+            plotting.show_stored(name, cell, folder=tmp_path)
 
 
 def test_what_fits_is_left_of_its_budget_and_checkpointing_is_hollow(ax):

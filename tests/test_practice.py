@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import practice
-from helpers.freezing import count_parameters, unfreeze
+from helpers import combine, inject, practice
+from helpers.freezing import count_parameters, freeze, unfreeze
 from helpers.models import TinyTransformer
+from helpers.quantize import dequantize, quantize
+from helpers.strategies import linear_probe
 from helpers.study import reproducible
-from helpers.techniques import operations, prepare, samples
+from helpers.techniques import TECHNIQUES, linear_weights, operations, prepare, samples, stream
 from helpers.training import evaluate, train
 from tests.test_training import moved
 
@@ -26,6 +28,18 @@ def base(monkeypatch):
     return model
 
 
+def lora(base, rows, *, seed):
+    """Return the base with a LoRA of rank 4 after five steps under the frozen head."""
+    model = prepare(base, TECHNIQUES["LoRA"], seed=seed)
+    freeze(model.head)
+    list(practice.learn(model, rows, lr=1e-2, marks=[5]))
+    return model
+
+
+def norm(matrices):
+    return np.linalg.norm([torch.linalg.norm(M.detach()) for M in matrices])
+
+
 @pytest.mark.parametrize("budget", practice.BUDGETS)
 def test_techniques_of_one_budget_train_about_as_many_parameters(budget, base):
     for name, way in practice.BUDGETS[budget].items():
@@ -34,19 +48,51 @@ def test_techniques_of_one_budget_train_about_as_many_parameters(budget, base):
         assert n == budget if exact else 0.66 * budget <= n <= 1.02 * budget, f"{name}: {n}"
 
 
-def test_equal_compute_is_what_full_fine_tuning_computes():
+def test_equal_compute_is_what_full_fine_tuning_computes(base):
     ways = ("linear probing", "LoRA, 1,792", "VeRA, 1,792", "full fine-tuning, 17,920")
     found = practice.costs(
         epochs=7, configurations={n: practice.CONFIGURATIONS[n] for n in ways}, per_class=2
     )
     whole = found["full fine-tuning, 17,920"]
     assert whole.steps == 7
+    head = found["linear probing"]
     for cost in found.values():
         assert cost.steps * cost.flops <= 7 * whole.flops
-        assert cost.steps == 1 or (cost.steps + 1) * cost.flops > 7 * whole.flops
-    assert found["linear probing"].steps > 7 > found["VeRA, 1,792"].steps
+        most = (cost.steps + 1) * cost.flops > 7 * whole.flops
+        assert most or cost.steps == 1 or cost is head
+    assert head.steps == practice.ENOUGH and found["VeRA, 1,792"].steps < 7
+    rows = samples(0, "turned", per_class=2)["few"]
+    model = prepare(base, practice.CONFIGURATIONS["linear probing"])
+    features = operations(model, *rows) - head.flops  # once, for all steps
+    assert head.steps * head.flops + features < 40 * whole.flops
     assert found["LoRA, 1,792"].trained == 1_792 + 330
     assert found["linear probing"].memory < found["LoRA, 1,792"].memory < whole.memory
+
+
+def test_a_batch_has_a_hundred_rows_and_an_epoch_all_of_them():
+    way = {n: practice.CONFIGURATIONS[n] for n in ("LoRA, 1,792", "full fine-tuning, 17,920")}
+    ten, fifty = (practice.costs(epochs=4, configurations=way, per_class=k) for k in (10, 50))
+    assert fifty["full fine-tuning, 17,920"].steps == 5 * 4
+    for name, cost in ten.items():
+        assert fifty[name].flops == cost.flops and 0 <= fifty[name].steps - 5 * cost.steps < 5
+
+
+def test_memory_counts_buffers_and_what_l2_sp_remembers(base):
+    found = practice.costs(per_class=2)
+    full, l2_sp = (found[f"{n}, 17,920"] for n in ("full fine-tuning", "L2-SP"))
+    assert l2_sp.memory - full.memory == 2 * 8 * full.trained
+    model = prepare(base, practice.CONFIGURATIONS["VeRA, 1,792"])
+    buffers = 8 * sum(b.numel() for b in model.buffers())
+    assert buffers > 100_000 and found["VeRA, 1,792"].memory > 8 * 18_026 + buffers
+
+
+def test_linear_probing_on_cached_features_is_training_the_head_in_place(base):
+    rows, found = samples(0, "turned", per_class=25)["few"], []
+    for name in ("", "linear probing"):
+        model = prepare(base, practice.CONFIGURATIONS["linear probing"])
+        list(practice.learn(model, rows, lr=1e-2, marks=[9], name=name))
+        found.append(model(rows[0]).detach())
+    assert torch.allclose(*found, rtol=0, atol=1e-9) and not torch.allclose(found[0], base(rows[0]))
 
 
 def test_costs_are_those_of_the_model(base):
@@ -66,6 +112,17 @@ def test_a_pause_changes_nothing(name, base):
         assert reached == marks
         found.append(model)
     assert moved(*found[:1], {k: p.clone() for k, p in found[1].named_parameters()}) == []
+
+
+def test_lp_ft_is_fine_tuning_from_a_probed_head(base):
+    rows, found = samples(0, "turned", per_class=2)["few"], []
+    probed = copy.deepcopy(base)
+    linear_probe(probed, *rows, epochs=40, lr=1e-2)
+    for start, name in ((base, "LP-FT, 17,920"), (probed, "full fine-tuning, 17,920")):
+        model = prepare(start, practice.CONFIGURATIONS[name])
+        list(practice.learn(model, rows, lr=1e-3, marks=[3], name=name))
+        found.append(model)
+    assert moved(found[0], found[1].state_dict()) == []
 
 
 def test_more_than_a_hundred_rows_are_steps_of_a_hundred(base, monkeypatch):
@@ -100,12 +157,18 @@ def test_scores_are_those_of_the_adapted_model_on_both_domains(base):
     found = practice.compare_budgets(0, target="turned", settings=settings, per_class=2)
     again = practice.compare_budgets(0, target="turned", settings=settings, per_class=2)
     assert found == again
+    tuning = {"target": "turned", "settings": settings, "score_on": "validation"}
+    tried = practice.compare_budgets(0, **tuning, per_class=2)
+    assert tried.keys() == settings.keys() | {"margin"}
     rows = samples(0, "turned", per_class=2)
-    model = prepare(base, practice.CONFIGURATIONS["linear probing"], seed=0)
-    list(practice.learn(model, rows["few"], lr=1e-2, marks=[4]))
-    assert found["linear probing"] == 100 * evaluate(model, *rows["test"]).accuracy
-    kept = evaluate(model, *rows["source test"]).accuracy
-    assert found["linear probing/source"] == 100 * kept
+    with reproducible(0):
+        fresh = TinyTransformer()
+    for (name, [(lr, marks)]), start in zip(settings.items(), (base, fresh), strict=True):
+        model = prepare(start, practice.CONFIGURATIONS[name], seed=0)
+        list(practice.learn(model, rows["few"], lr=lr, marks=marks))
+        splits = ("test", "source test", "validation")
+        scores = [100 * evaluate(model, *rows[split]).accuracy for split in splits]
+        assert [found[name], found[f"{name}/source"], tried[name]] == scores
     before = evaluate(base, *rows["source test"]).accuracy
     assert found["not adapted/source"] == 100 * before != found["from scratch, 17,920/source"]
 
@@ -114,16 +177,33 @@ def test_settings_are_chosen_on_validation_images_alone(monkeypatch):
     seen = []
     monkeypatch.setattr(practice, "run_seeds", lambda run, seeds, workers: seen.append(run) or GOOD)
     GOOD = {
-        f"LoRA, 192, {lr:g}, {n}": np.array([50.0, 52.0]) for lr in practice.HIGH for n in (4, 8)
+        f"{name}, {lr:g}, {n}": np.array([50.0, 52.0])
+        for name, marks in {"LoRA, 192": (4, 8), "linear probing": (2, 10, 50, 100)}.items()
+        for lr in practice.rates_for(name)
+        for n in marks
     }
     GOOD["LoRA, 192, 0.01, 4"] = GOOD["LoRA, 192, 0.03, 4"] = np.array([60.0, 62.0])
     GOOD["margin"] = np.array([1.0, 2.0])
-    chosen, margins = practice.choose_settings("turned", [1, 2], steps={"LoRA, 192": 8})
-    assert chosen == {"LoRA, 192": [(1e-2, [4])]}  # of equals, the lower rate
+    steps = {"LoRA, 192": 8, "linear probing": 100}
+    chosen, margins = practice.choose_settings("turned", [1, 2], steps=steps)
+    # of equals, the lower rate and the fewer steps
+    assert chosen == {"LoRA, 192": [(1e-2, [4])], "linear probing": [(3e-3, [2])]}
+    assert seen[0].keywords["settings"]["linear probing"][0] == (3e-3, [2, 10, 50, 100])
     assert margins.tolist() == [1.0, 2.0]
     assert seen[0].keywords["score_on"] == "validation"
     chosen, margins = practice.choose_settings("turned", [], steps={"LoRA, 192": 8})
-    assert chosen == {"LoRA, 192": [(1e-2, [8])]} and margins == [] and len(seen) == 1
+    assert chosen == {"LoRA, 192": [(3e-2, [8])]} and margins == [] and len(seen) == 1
+
+
+def test_rates_are_neighbours_and_the_more_moves_the_lower_they_are():
+    every = practice.CONFIGURATIONS | practice.FOUR_BIT
+    for name in every:
+        rates = practice.rates_for(name)
+        start = practice.RATES.index(rates[0])
+        assert rates == practice.RATES[start : start + len(rates)] and len(rates) >= 3
+    lowest = {name: practice.rates_for(name)[0] for name in every}
+    assert lowest["full fine-tuning, 17,920"] < lowest["LoRA, 1,792"] < lowest["LoRA, 192"]
+    assert {lowest[name] for name in practice.FOUR_BIT} == {lowest["LoRA, 1,792"]}
 
 
 def test_an_adapter_each_forgets_nothing_and_one_set_of_weights_is_one_model():
@@ -136,31 +216,80 @@ def test_an_adapter_each_forgets_nothing_and_one_set_of_weights_is_one_model():
         starts = {found[f"{way}/0/{j}"] for way in ("one set of weights", "one LoRA")}
         assert starts == {column[0]}  # all ways start from the pre-trained model
     assert found["a LoRA each/1/1"] == found["one LoRA/1/1"]  # the first task's is the same LoRA
-    assert found["one LoRA/2/2"] != found["one LoRA/0/2"]
+    alone = practice.learn_in_turn(0, rates=rates, tasks=("turned",), steps=8, per_class=3)
+    assert found["a LoRA each/2/2"] == alone["a LoRA each/1/1"]  # it starts anew
+    assert found["one LoRA/2/2"] not in (found["one LoRA/0/2"], alone["one LoRA/1/1"])
 
 
-def test_combinations_are_scored_and_the_cross_term_is_measured(base):
+def test_before_the_first_task_the_pre_trained_model_is_scored_on_test_images(base):
+    found = practice.learn_in_turn(
+        0, rates={"LoRA": 1e-2, "full fine-tuning": 3e-3}, tasks=("faint",), steps=1, per_class=1
+    )
+    rows = samples(0, "faint")
+    for j, split in enumerate(("source test", "test")):
+        assert found[f"one LoRA/0/{j}"] == 100 * evaluate(base, *rows[split]).accuracy
+
+
+def test_combinations_are_scored_and_what_averaging_factors_misses_is_measured(base):
     found = practice.combine_adapters(0, lr=1e-2, tasks=("faint", "turned"), steps=5, per_class=2)
-    rows = samples(0, "faint", per_class=2)
-    assert found["base/source"] == 100 * evaluate(base, *rows["source test"]).accuracy
-    kinds = {key.split("/")[0] for key in found if "/" in key}
-    assert kinds >= {"sum", "mean", "mean of A, of B", "TIES", "adapter of faint"}
-    assert 10 < found["cross term"] < 100  # two random A have little in common
+    rows = {task: samples(0, task, per_class=2) for task in ("faint", "turned")}
+    faint, turned = (
+        lora(base, part["few"], seed=stream(0, f"adapter {i}"))
+        for i, part in enumerate(rows.values())
+    )
+    deltas = [combine.delta_weights(model) for model in (faint, turned)]
+    mean = {k: (deltas[0][k] + deltas[1][k]) / 2 for k in deltas[0]}
+    pairs = zip(*(inject.adapters(model).values() for model in (faint, turned)), strict=True)
+    wrong = {  # s = 2, from halves of two sums
+        k: 2 / 4 * (a.lora_B + b.lora_B) @ (a.lora_A + b.lora_A)
+        for k, (a, b) in zip(mean, pairs, strict=True)
+    }
+    models = {
+        "base": base,
+        "adapter of faint": faint,
+        "adapter of turned": turned,
+        "sum": combine.add(combine.add(base, deltas[0]), deltas[1]),
+        "mean": combine.add(base, mean),
+        "mean of A, of B": combine.add(base, wrong),
+        "TIES": combine.add(base, combine.ties(deltas)),
+    }
+    tests = {"source": rows["faint"]["source test"]} | {t: rows[t]["test"] for t in rows}
+    for name, model in models.items():
+        for domain, test in tests.items():
+            assert found[f"{name}/{domain}"] == 100 * evaluate(model, *test).accuracy
+    off = norm(wrong[k] - mean[k] for k in mean)
+    assert found["distance"] == pytest.approx(100 * off / norm(mean.values()))
+    assert 10 < found["distance"] < 100  # two random A have little in common
 
 
-def test_nothing_subtracted_is_the_base(base):
-    found = practice.forget_digit(3, lr=1e-2, scales=(1.0,), steps=5, per_class=5)
-    X, y = samples(3, "turned")["source test"]
-    of_three = y == 3
-    assert found["0/digit"] == 100 * evaluate(base, X[of_three], y[of_three]).accuracy
-    assert found["0/others"] == 100 * evaluate(base, X[~of_three], y[~of_three]).accuracy
+def test_what_is_subtracted_was_learned_from_source_images_of_the_digit(base):
+    found = practice.forget_digit(3, lr=1e-2, scales=(0.5, 1.0), steps=5, per_class=5)
+    rows = samples(3, "turned")
+    X, y = rows["source"]
+    delta = combine.delta_weights(lora(base, (X[y == 3][:5], y[y == 3][:5]), seed=3))
+    X, y = rows["source test"]
+    for scale in (0, 0.5, 1):
+        less = combine.add(base, delta, scale=-scale)
+        for part, on in {"digit": y == 3, "others": y != 3}.items():
+            assert found[f"{scale:g}/{part}"] == 100 * evaluate(less, X[on], y[on]).accuracy
     assert found["1/digit"] < found["0/digit"]
 
 
 def test_loftq_starts_nearer_to_the_weights_than_codes_alone():
     found = practice.quantization_cost(0)
     assert 0 < found["LoftQ, NF4/error"] < 0.9 * found["NF4/error"]
-    assert found["int4/error"] > 1 and "full precision/accuracy" in found
+
+
+def test_each_code_costs_what_rounding_the_weights_to_it_costs(base):
+    found, weights = practice.quantization_cost(0), linear_weights(base)
+    for name in ("NF4", "int4"):
+        near = {k: dequantize(quantize(W, code=name.lower())) for k, W in weights.items()}
+        error = 100 * norm(near[k] - W for k, W in weights.items()) / norm(weights.values())
+        assert found[f"{name}/error"] == pytest.approx(error)
+        start = linear_weights(prepare(base, practice.FOUR_BIT[f"QLoRA, {name}"]))
+        assert all(torch.allclose(start[k], near[k]) for k in weights)
+    test = samples(0, "turned")["source test"]
+    assert found["full precision/accuracy"] == 100 * evaluate(base, *test).accuracy
 
 
 @pytest.mark.parametrize("name", practice.FOUR_BIT)

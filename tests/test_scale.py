@@ -102,16 +102,9 @@ def test_trainable_parameters_follow_from_a_blocks_sizes(name, L, d, kv, width):
         assert count_parameters(adapt(build(name), technique)).trainable == count, technique
 
 
-@pytest.mark.parametrize(
-    "name, technique, published",
-    [
-        ("RoBERTa-base", "LoRA on q, v, r=8", 294_912),  # Hu et al. 2021, Table 2: 0.3M
-        ("GPT-3 175B", "LoRA on q, v, r=8", 37_748_736),  # Hu et al. 2021, Table 4: 37.7M
-        ("Llama-2 7B", "LoRA on q, v, r=8", 4_194_304),  # torchtune's documentation
-        ("Llama-2 7B", "LoRA on all linears, r=16", 39_976_960),  # as peft prints it
-    ],
-)
-def test_trainable_counts_are_those_published(name, technique, published):
+@pytest.mark.parametrize("name, technique", scale.PUBLISHED)
+def test_trainable_counts_are_those_published(name, technique):
+    published, _ = scale.PUBLISHED[name, technique]
     assert count_parameters(adapt(build(name), technique)).trainable == published
 
 

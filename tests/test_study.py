@@ -207,6 +207,26 @@ def test_a_planted_effect_is_found_at_the_power_that_is_claimed(monkeypatch):
     assert compare(draws(30), draws(30)).verdict == "no significant difference at 30 seeds"
 
 
+def test_among_several_comparisons_less_can_be_seen_and_too_few_seeds_see_nothing(monkeypatch):
+    monkeypatch.setattr(study, "RESAMPLES", 1000)
+    one = compare(draws(30), np.zeros(30))
+    assert one.detectable_among(1) == pytest.approx(one.detectable)
+    effect, found = one.detectable_among(7) / draws(30).std(ddof=1), []
+    for seed in range(100):  # one true difference among seven
+        table = {str(i): draws(30, effect * (i == 0), 1000 + 9 * seed + i) for i in range(7)}
+        pairs = study.compare_pairs(table | {"none": np.zeros(30)}, [(k, "none") for k in table])
+        found.append(pairs["0", "none"].sign == "▲")
+    assert 0.68 <= np.mean(found) <= 0.92
+    for several in (1, 7, 21):
+        n = study.seeds_needed(several)
+        signs = [
+            study.compare_pairs({"a": np.arange(k) + 1.0, "b": np.zeros(k)}, [("a", "b")])
+            for k in (n - 1, n)
+        ]
+        p = [found["a", "b"].p * several for found in signs]
+        assert p[0] >= 0.05 > p[1]
+
+
 def test_comparison_is_paired():
     common = 50 * draws(20)
     c = compare(common + 1 + 0.1 * draws(20, seed=1), common)
