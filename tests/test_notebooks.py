@@ -139,7 +139,7 @@ OTHER = {
             "workers": 1,
         },
         [
-            "differences, n = 2",
+            "differences, 2 seeds",
             "1 labels per class: ",
             "3 labels per class: ",
             "6 cases, n = 2 each",
