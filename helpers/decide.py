@@ -150,7 +150,8 @@ def check_arrays(X, y, X_source=None, y_source=None):
         given, absent = ARRAYS[2:] if y_source is None else ARRAYS[:1:-1]
         raise ValueError(f"{given} comes without {absent}: give both, or neither")
     X, y, classes, notes = _checked(X, y, "X", "y")
-    distinct = {_bytes(row) for row in X.numpy()}
+    unit = 2.0 ** math.frexp(float(X.abs().max()))[1]  # a power of two: dividing rounds nothing
+    distinct = {_bytes(row / unit) for row in X.numpy()}
     if copies := len(X) - len(distinct):
         notes.append(f"{copies} rows of X repeat others: some may be trained on and scored as well")
     if X_source is not None:
@@ -161,7 +162,8 @@ def check_arrays(X, y, X_source=None, y_source=None):
                 f"X_source has {X_source.shape[1]} columns and X has {X.shape[1]}: both must come"
                 " from the same encoder"
             )
-        if shared := [i for i, row in enumerate(X_source.numpy()) if _bytes(row) in distinct]:
+        rows = enumerate(X_source.numpy())
+        if shared := [i for i, row in rows if _bytes(row / unit) in distinct]:
             raise ValueError(
                 f"{len(shared)} rows of X_source are in X too, the first is row {shared[0]}: leave"
                 " them out, no method may pre-train on the labels that it is scored on"

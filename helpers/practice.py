@@ -28,7 +28,7 @@ from helpers.techniques import (
 )
 from helpers.training import cross_entropy, evaluate, extract_features, train
 
-ENOUGH = 2_000  # steps of linear probing, after which its accuracy stands still
+ENOUGH = 2_000  # steps of linear probing, after which its accuracy hardly changes
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # learning rates; `rates_for` says whose are which
 ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
@@ -112,7 +112,7 @@ def rates_for(name):
     """Return the learning rates that a configuration chooses from.
 
     Three neighbours of `RATES`. They come from a wider search, on validation images: none outside
-    was better beyond noise, or where it was, processors disagree by rounding.
+    was better beyond noise.
 
     Parameters
     ----------

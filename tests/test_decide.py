@@ -209,6 +209,18 @@ def test_labels_that_do_not_count_from_0_are_mapped_and_said():
     assert told == "y: labels [0, 2, 4, 6, 8, 10, 12, 14, 16, ...] are mapped to 0..14"
 
 
+@pytest.mark.parametrize("size", [1.0, 2.0**200, 2.0**-200])
+def test_a_row_saved_in_single_precision_or_with_minus_zero_is_the_same_row(size):
+    rows = changed(X, (2, 0), 0.0)
+    copy = changed(rows[2].astype(np.float32).astype(float), 0, -0.0)
+    shared = SOURCE | {"X_source": size * changed(SOURCE["X_source"], 5, copy)}
+    with pytest.raises(ValueError, match="1 rows of X_source are in X too, the first is row 5"):
+        check_arrays(size * rows, Y, **shared)
+    assert check_arrays(size * changed(rows, 9, copy), Y).notes[0].startswith("1 rows of X repeat")
+    apart = SOURCE | {"X_source": size * SOURCE["X_source"]}
+    assert check_arrays(size * rows, Y, **apart).notes == []
+
+
 def test_repeated_rows_are_told():
     assert check_arrays(changed(X, [4, 9], X[0]), Y).notes[0].startswith("2 rows of X repeat")
 
@@ -501,6 +513,7 @@ def test_too_few_seeds_for_any_significance_are_told(methods, needed):
         one_sided = all(c.sign == "▼" for c in found.comparisons.values())
         told = f"take at least {needed} seeds" in str(found)
         assert one_sided == (n == needed) != told
+        assert not (told and "points is too small" in str(found))
         assert found.name == (f"method {methods}" if one_sided else "method 1")
 
 
