@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import warnings
 
 import peft
@@ -12,10 +13,18 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from helpers import checkpoint, inject
-from helpers.checkpoint import load_peft, load_trainable, save_peft, save_trainable
-from helpers.freezing import freeze, unfreeze
 from helpers.models import TinyTransformer
+from helpers.peft import (
+    IA3,
+    files,
+    inject,
+    load_peft,
+    load_trainable,
+    save_peft,
+    save_trainable,
+    surgery,
+)
+from helpers.training import freeze, unfreeze
 
 QV = ["q_proj", "v_proj"]
 KEY = "base_model.model.blocks.0.attention.q_proj.lora_A.weight"
@@ -189,7 +198,7 @@ def test_a_frozen_weight_beside_a_trained_bias_belongs_to_the_base(tmp_path):
 def test_base_digest_knows_no_adapter_and_no_order():
     def digest(model):
         freeze(model)
-        return checkpoint._digest(checkpoint._split(model)[1])
+        return files._digest(files._split(model)[1])
 
     one, two = tiny(), tiny()
     inject.inject_adapter(one, ["attention"])
@@ -293,7 +302,7 @@ def test_a_failed_write_leaves_the_old_files(call, tmp_path, monkeypatch):
     save_peft(trained(), tmp_path / "folder")
     files = [p for p in tmp_path.rglob("*") if p.is_file()]
     before = {p: p.read_bytes() for p in files}
-    monkeypatch.setattr(checkpoint.files.os, call, full)
+    monkeypatch.setattr(os, call, full)
     for save, name in ((save_trainable, "a"), (save_peft, "folder")):
         with pytest.raises(OSError, match="No space"):
             save(trained(seed=3), tmp_path / name)
@@ -322,7 +331,7 @@ def test_peft_computes_what_was_saved(base, method, targets, head, tmp_path):
     torch.testing.assert_close(outputs(theirs), expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(outputs(theirs.merge_and_unload()), expected, rtol=1e-10, atol=1e-10)
     again = base()
-    assert load_peft(again, tmp_path / "new" / "folder") == list(inject.adapters(model))
+    assert load_peft(again, tmp_path / "new" / "folder") == list(surgery.adapters(model))
     torch.testing.assert_close(outputs(again), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -335,13 +344,13 @@ def test_what_peft_saved_computes_the_same(base, method, targets, head, tmp_path
     randomised(theirs).save_pretrained(tmp_path)
     model, stream = base(), torch.get_rng_state()
     names = load_peft(model, tmp_path)
-    assert names == list(inject.adapters(model)) != [] and torch.equal(
+    assert names == list(surgery.adapters(model)) != [] and torch.equal(
         torch.get_rng_state(), stream
     )
     assert method != "rslora" or not [n for n in names if ".0." in n]
     torch.testing.assert_close(outputs(model), outputs(theirs), rtol=1e-10, atol=1e-10)
     for name, p in model.named_parameters():
-        assert p.requires_grad == checkpoint._is_own(name, names)
+        assert p.requires_grad == files._is_own(name, names)
 
 
 class Suffixes(nn.Module):
@@ -364,7 +373,7 @@ def test_only_the_adapted_layer_is_adapted_though_its_name_ends_others(feedforwa
     model = copy.deepcopy(base)
     found = {name: model.get_submodule(name) for name in ("q", "q2.xq")}
     kind = {model.q: feedforward, model.q2["xq"]: not feedforward}
-    inject.replace(model, found, lambda b: inject.layers.IA3(b, feedforward=kind[b]))
+    surgery.replace(model, found, lambda b: IA3(b, feedforward=kind[b]))
     unfreeze(model.base)
     randomised(model)
     save_peft(model, tmp_path)

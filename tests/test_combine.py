@@ -10,23 +10,26 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from helpers import inject
-from helpers.checkpoint import save_peft, save_trainable
-from helpers.combine import (
+from helpers.models import MLP, TinyTransformer
+from helpers.peft import (
     MixedBatch,
     adapter_state,
+    adapters,
     add,
     delta_weights,
+    inject,
+    inject_lora,
+    merge,
+    save_peft,
+    save_trainable,
     serving_memory,
     switch,
     task_vector,
     ties,
     weighted_sum,
 )
-from helpers.freezing import freeze, unfreeze
-from helpers.inject import adapters, inject_lora, merge
-from helpers.models import MLP, TinyTransformer
 from helpers.study import reproducible
+from helpers.training import freeze, unfreeze
 
 QV = ["q_proj", "v_proj"]
 LINEARS = [*QV, "k_proj", "out_proj", "fc1", "fc2", "project"]

@@ -7,8 +7,7 @@ from sklearn.datasets import load_digits, make_classification
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 
-from helpers import data
-from helpers.data import Task, digits, published_task, shift_digits
+from helpers.data import Task, digits, published_task, rows, shift_digits, tasks
 
 X = torch.arange(24.0).reshape(8, 3)
 Y = torch.tensor([0, 1, 2, 3] * 2)
@@ -35,8 +34,8 @@ def test_published_task_is_the_published_draw_rounded_and_scaled_on_the_rows_tol
     expected = [scaler.transform(train).round(10), scaler.transform(test).round(10), *y]
     task = published_task(scale_on=scale_on)
     made = [task.X_train, task.X_test, task.y_train, task.y_test]
-    for rows, wanted in zip(made, expected, strict=True):
-        assert torch.equal(rows, torch.as_tensor(wanted).to(rows.dtype))
+    for tensor, wanted in zip(made, expected, strict=True):
+        assert torch.equal(tensor, torch.as_tensor(wanted).to(tensor.dtype))
     assert [t.dtype for t in made] == [dtype, dtype, torch.int64, torch.int64]
     assert (task.X_train.shape, task.X_test.shape, task.n_classes) == ((400, 20), (100, 20), 4)
 
@@ -50,7 +49,7 @@ def test_published_task_is_the_published_draw_rounded_and_scaled_on_the_rows_tol
         (lambda: published_task(n_samples=12, n_classes=8), "has no row of class [0-7]"),
         (lambda: digits(rng(), [1000, 798]), "1798 rows were asked for: classes .* have 1797"),
         (lambda: shift_digits(X, "blur", strength=1, rng=rng()), "kind = 'blur' must be"),
-        (lambda: data.few_per_class(Y[1:], 2, rng()), "class 0 has 1 rows, 2 were asked for"),
+        (lambda: tasks.few_per_class(Y[1:], 2, rng()), "class 0 has 1 rows, 2 were asked for"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(refused, told):
@@ -104,9 +103,9 @@ def test_unusable_rows_are_refused_in_one_sentence(changed, told):
 )
 def test_parameters_outside_their_range_are_refused(value, low, high, error):
     if error is None:
-        return data.check_parameters(first=(low, low, high), second=(value, low, high))
+        return rows.check_parameters(first=(low, low, high), second=(value, low, high))
     with pytest.raises(error, match=f"^second = .* must be .*from {low} to {high}$"):
-        data.check_parameters(first=(low, low, high), second=(value, low, high))
+        rows.check_parameters(first=(low, low, high), second=(value, low, high))
 
 
 def test_digits_samples_are_disjoint_stratified_and_relabelled():
@@ -148,16 +147,16 @@ def test_each_shift_changes_the_pixels_as_it_says(kind, strength, expected):
 
 def test_few_per_class_draws_k_rows_of_each_class_at_random():
     y = torch.tensor([0, 1, 2] * 10)
-    rows = data.few_per_class(y, 4, rng())
+    rows = tasks.few_per_class(y, 4, rng())
     assert len(rows.unique()) == 12 and y[rows].tolist() == [[c] * 4 for c in range(3)]
-    assert torch.equal(rows, data.few_per_class(y, 4, rng()))
-    assert not torch.equal(rows.sort(1).values, data.few_per_class(y, 4, rng(1)).sort(1).values)
+    assert torch.equal(rows, tasks.few_per_class(y, 4, rng()))
+    assert not torch.equal(rows.sort(1).values, tasks.few_per_class(y, 4, rng(1)).sort(1).values)
 
 
 @pytest.mark.parametrize("scale", [0, 1.5])
 def test_shifted_domain_keeps_labels_and_standardises_columns_again(scale, dtype):
     X, y = published_task().test
-    shifted, labels = data.shifted_domain(X, y, scale=scale, rng=rng())
+    shifted, labels = tasks.shifted_domain(X, y, scale=scale, rng=rng())
     assert torch.equal(labels, y) and shifted.dtype == dtype
     assert shifted.mean(0).abs().max() < 1e-6
     assert (shifted.std(0, correction=0) - 1).abs().max() < 1e-6

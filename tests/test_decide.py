@@ -12,20 +12,10 @@ import pytest
 import torch
 from sklearn.datasets import load_breast_cancer, load_wine
 
-from helpers import decide, strategies
-from helpers.decide import (
-    METHODS,
-    check_arrays,
-    check_budgets,
-    compare_methods,
-    load_rows,
-    method_sizes,
-    pretrain,
-    recommend,
-    split,
-)
-from helpers.study import reproducible
-from helpers.training import evaluate, predict, train
+from helpers.data import check_arrays, check_budgets, load_rows, split
+from helpers.study import decide, reproducible
+from helpers.study.decide import METHODS, compare_methods, method_sizes, pretrain, recommend
+from helpers.training import evaluate, predict, strategies, train
 
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(30, 5)), np.repeat([0, 1, 2], 10)

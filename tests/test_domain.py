@@ -11,18 +11,19 @@ from sklearn.preprocessing import StandardScaler
 from torch.nn import functional as F
 from torch.optim import SGD, Adam
 
-from helpers.domain import (
+from helpers.models import MLP, TinyTransformer
+from helpers.training import (
     coral,
+    cross_entropy,
     density_ratio,
     information_maximization,
     label_ratio,
     match_statistics,
     mmd2,
     mmd_loss,
+    train,
     weighted_cross_entropy,
 )
-from helpers.models import MLP, TinyTransformer
-from helpers.training import cross_entropy, train
 
 
 def matched(X_target, X_source, **floor):

@@ -22,10 +22,17 @@ PIP = CONDA["dependencies"][-1]["pip"]
 PINS = {canonicalize_name(r.name): r for r in map(Requirement, PIP[:-1])}
 EXTRAS = PROJECT["optional-dependencies"].values()
 WANTED = sorted({*PROJECT["dependencies"], *(line for extra in EXTRAS for line in extra)})
-# each module imports from ranks before its own only, so there is no cycle; nobody imports execute
-ORDER = """files data models quantize > freezing > training layers > strategies domain study inject
-> experiments checkpoint > techniques combine scale decide > practice > plotting > execute"""
-RANKS = [set(rank.split()) for rank in ORDER.split(">")]
+# a room imports from rooms before its own only, and a module of a room from modules before it, so
+# there is no cycle; nobody imports execute
+ROOMS = ["files", "data", "models", "training", "peft", "study", "show", "execute"]
+ORDER = {
+    "data": "rows tasks embeddings",
+    "models": "mlp transformer stages",
+    "training": "freezing scoring loop costs strategies domain",
+    "peft": "four_bits base lora layers surgery inject qlora files hub arithmetic mixed large",
+    "study": "seeds verdicts decide part1 part2 spectrum part3 part3_adapters",
+    "show": "tables drawings figures",
+}
 
 
 def git(*arguments):
@@ -33,15 +40,15 @@ def git(*arguments):
 
 
 def imported(source):
-    """Names of the `helpers` modules that `source` imports, wherever in it."""
+    """Return the dotted names that `source` imports of `helpers`, wherever in it."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            module = f"helpers.{node.module or ''}".strip(".") if node.level else node.module
-            found |= {f"{module}.{alias.name}" for alias in node.names}
-    return {name.split(".")[1] for name in found if name.startswith("helpers.")}
+            assert not node.level, "imports name the room that they come from"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.startswith("helpers.")}
 
 
 def test_conda_brings_python_and_pip_and_pip_brings_all_else():
@@ -76,10 +83,29 @@ def test_nothing_else_is_at_the_top():
 
 
 def test_imports_run_one_way():
-    for path in (ROOT / "helpers").glob("[!_]*.py"):
-        [rank] = [i for i, modules in enumerate(RANKS) if path.stem in modules]
-        late = imported(path.read_text(encoding="utf-8")) - set().union(*RANKS[:rank])
-        assert not late, f"{path.name} imports {late}, which come at its own rank or after it"
+    for path in (ROOT / "helpers").rglob("*.py"):
+        parts = path.relative_to(ROOT / "helpers").with_suffix("").parts
+        if parts == ("__init__",):
+            continue
+        room = parts[0]
+        for name in imported(path.read_text(encoding="utf-8")):
+            _, other, *module = name.split(".")
+            if other != room:
+                assert ROOMS.index(other) < ROOMS.index(room), f"{path} imports {name}"
+            elif parts[1] != "__init__":
+                order = ORDER[room].split()
+                assert module[0] in order[: order.index(parts[1])], f"{path} imports {name}"
+
+
+def test_every_room_says_what_it_is_for_and_a_newcomer_is_shown_each_module():
+    folder = ROOT / "helpers"
+    rooms = {path.parent.name for path in folder.glob("*/__init__.py")}
+    assert {*ORDER} == rooms and {*ROOMS} - rooms == {p.stem for p in folder.glob("[!_]*.py")}
+    for room, order in ORDER.items():
+        assert sorted(order.split()) == sorted(p.stem for p in (folder / room).glob("[!_]*.py"))
+        tree = ast.parse((folder / room / "__init__.py").read_text(encoding="utf-8"))
+        assert ast.get_docstring(tree)
+        assert all(isinstance(node, ast.Expr | ast.ImportFrom) for node in tree.body)
 
 
 def test_no_notebook_imports_the_executor_and_the_package_itself_is_a_docstring():

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import experiments, strategies
-from helpers.experiments import (
+from helpers.study import DRIFT, part1
+from helpers.study.part1 import (
     METHODS,
     RATES,
     SHIFTS,
@@ -22,7 +22,7 @@ from helpers.experiments import (
     label_budget,
     published_protocol,
 )
-from helpers.study import DRIFT
+from helpers.training import strategies
 
 ROOT = Path(__file__).parent.parent
 BUDGET = partial(label_budget, target="noisy", rates=dict.fromkeys(METHODS, 1e-2), budgets=(1, 10))
@@ -57,7 +57,7 @@ def test_no_row_is_both_trained_on_and_scored(name, monkeypatch):
         return record
 
     for kind in rows:
-        for module in (experiments, strategies):
+        for module in (part1, strategies):
             if function := getattr(module, kind, None):
                 monkeypatch.setattr(module, kind, recording(function, kind))
     STUDIES[name](0)
@@ -70,8 +70,8 @@ def test_unsupervised_adaptation_and_its_choice_see_no_target_labels(monkeypatch
         source, held_out, (X, y), test = digits(*args)
         return source, held_out, (X, y.roll(1)), test
 
-    digits, true = experiments.digits, adaptation(0, shift="noisy")
-    monkeypatch.setattr(experiments, "digits", other_labels)
+    digits, true = part1.digits, adaptation(0, shift="noisy")
+    monkeypatch.setattr(part1, "digits", other_labels)
     false = adaptation(0, shift="noisy")
     supervised = {name for name in true if true[name] != false[name]}
     assert supervised - {"margin", "chosen by the oracle"} == {
@@ -92,7 +92,7 @@ def test_rates_are_chosen_on_validation_images_alone(monkeypatch):
         best = dict(zip(METHODS, RATES, strict=False))
         return {f"{m}, {lr:g}/10": -abs(np.log(lr / best[m])) for m in METHODS for lr in RATES}
 
-    monkeypatch.setattr(experiments, "label_budget", planted)
+    monkeypatch.setattr(part1, "label_budget", planted)
     assert choose_rates("noisy", range(3), workers=1) == dict(zip(METHODS, RATES, strict=False))
 
 
@@ -110,7 +110,7 @@ def test_validation_and_test_images_differ():
 
 def test_the_chosen_rate_is_one_of_the_rates_and_gives_the_accuracies():
     scores = forgetting(2)
-    for name in experiments.FORGETTING:
+    for name in part1.FORGETTING:
         lr = scores[f"{name}/rate"]
         assert lr in RATES
         for side in ("source", "target"):

@@ -5,9 +5,8 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam
 
-from helpers import freezing
-from helpers.freezing import count_parameters, freeze, freeze_to, param_groups, unfreeze
 from helpers.models import MLP, TinyTransformer, stages
+from helpers.training import count_parameters, freeze, freeze_to, freezing, param_groups, unfreeze
 
 
 def trainable(model):

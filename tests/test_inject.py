@@ -11,12 +11,10 @@ from torch import nn
 from torch.nn.utils import prune
 from torch.optim import AdamW
 
-from helpers import inject
-from helpers.freezing import count_parameters, freeze, unfreeze
-from helpers.inject import adapters, adapters_disabled, merge
 from helpers.models import TinyTransformer
+from helpers.peft import adapters, adapters_disabled, inject, merge, surgery
 from helpers.study import reproducible
-from helpers.training import predict, train
+from helpers.training import count_parameters, freeze, predict, train, unfreeze
 
 PATCH, D, FF, LAYERS = 4, 8, 12, 2
 QV, KV, NORMS = ["q_proj", "v_proj"], ["k_proj", "v_proj"], ["norm1", "norm2", "norm"]
@@ -554,7 +552,7 @@ def test_an_adapter_around_another_is_merged_with_it():
     for p in model.parameters():
         p.data += 0.1 * p.requires_grad
     expected = model(x)
-    assert len(inject.merge(model)) == 2
+    assert len(surgery.merge(model)) == 2
     torch.testing.assert_close(model(x), expected, atol=1e-12, rtol=0)
     assert sorted(model.state_dict()) == sorted(keys)
 
@@ -592,7 +590,7 @@ def test_a_layer_that_is_not_what_it_seems_is_refused(make, adapt, told):
     options = {"r": 2} if adapt is inject.inject_lora else {}
     with pytest.raises(ValueError, match=told):
         adapt(model, ["0"], **options)
-    assert list(model.state_dict()) == keys and not inject.adapters(model)
+    assert list(model.state_dict()) == keys and not surgery.adapters(model)
 
 
 @pytest.mark.parametrize("options", [{"r": 2.5}, {"r": 2, "lora_alpha": float("inf")}])

@@ -11,10 +11,9 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from helpers.freezing import count_parameters, freeze
-from helpers.inject import inject_dora, inject_ia3, inject_lora, inject_oft, merge
+from helpers.peft import inject_dora, inject_ia3, inject_lora, inject_oft, merge
 from helpers.study import reproducible
-from helpers.training import train
+from helpers.training import count_parameters, freeze, train
 
 D_IN, D_OUT, LAYER = 16, 24, "2"
 PLANTED = torch.tensor([4.0, 3.0, 2.0, 1.0])  # singular values: a change of rank 4

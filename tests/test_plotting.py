@@ -11,11 +11,11 @@ from matplotlib.colors import same_color, to_hex
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.text import Text
 
-from helpers import inject, plotting
-from helpers.freezing import freeze, unfreeze
-from helpers.layers import Adapter, BottleneckAdapter
 from helpers.models import MLP, TinyTransformer
+from helpers.peft import Adapter, BottleneckAdapter, inject
+from helpers.show import drawings, figures, tables
 from helpers.study import Summary, summarize
+from helpers.training import freeze, unfreeze
 
 
 @pytest.fixture
@@ -33,13 +33,13 @@ def summaries(*means):
 def shown(monkeypatch):
     """Return the Markdown texts that were displayed."""
     texts = []
-    monkeypatch.setattr(plotting, "display", lambda output: texts.append(output.data))
+    monkeypatch.setattr(tables, "display", lambda output: texts.append(output.data))
     return texts
 
 
 def test_seeds_are_dots_with_mean_and_interval(ax):
     results = {"a": np.arange(20.0), "b": np.arange(20.0) + 5}
-    plotting.plot_seeds(ax, results, marks={"b": 31.0})
+    figures.plot_seeds(ax, results, marks={"b": 31.0})
     dots = [c.get_offsets() for c in ax.collections if len(c.get_offsets()) == 20]
     for drawn, values in zip(dots, results.values(), strict=True):
         assert np.array_equal(drawn[:, 0], values)
@@ -53,7 +53,7 @@ def test_seeds_are_dots_with_mean_and_interval(ax):
 
 
 def test_bands_are_the_intervals(ax):
-    plotting.plot_bands(ax, [1, 10], {"m": summaries(3, 5), "n": summaries(4, 4)})
+    figures.plot_bands(ax, [1, 10], {"m": summaries(3, 5), "n": summaries(4, 4)})
     assert [line.get_ydata().tolist() for line in ax.lines] == [[3, 5], [4, 4]]
     assert ax.collections[0].get_paths()[0].get_extents().intervaly.tolist() == [2, 7]
     assert len({line.get_marker() for line in ax.lines}) == 2 and ax.get_xscale() == "log"
@@ -61,7 +61,7 @@ def test_bands_are_the_intervals(ax):
 
 def test_tradeoff_has_both_intervals_and_a_hollow_first_point(ax):
     pairs = list(zip(summaries(1, 2), summaries(8, 9), strict=True))
-    plotting.plot_tradeoff(ax, {"m": pairs})
+    figures.plot_tradeoff(ax, {"m": pairs})
     assert ax.lines[0].get_xydata().tolist() == [[1, 8], [2, 9]]
     assert ax.lines[1].get_markerfacecolor() == "white"
     ends = [bar.get_segments()[0].tolist() for c in ax.containers for bar in c.lines[2]]
@@ -71,7 +71,7 @@ def test_tradeoff_has_both_intervals_and_a_hollow_first_point(ax):
 def test_frozen_stages_are_hatched_and_counted(ax):
     model = MLP()
     freeze(model.backbone[0])
-    plotting.plot_frozen(ax, {"m": model})
+    drawings.plot_frozen(ax, {"m": model})
     boxes = [bar for container in ax.containers for bar in container]
     assert [bool(box.get_hatch()) for box in boxes] == [True, False, False, False]
     texts = [t.get_text() for t in ax.texts]
@@ -80,26 +80,26 @@ def test_frozen_stages_are_hatched_and_counted(ax):
 
 def test_classes_have_markers_of_their_own(ax):
     y = np.arange(8)
-    plotting.plot_classes(ax, np.c_[y, y], y)
-    assert len(ax.collections) == 8 and len(set(plotting.MARKERS)) == 8
-    assert len(set(plotting.COLOURS)) == 8 and ax.get_xlabel() and ax.get_ylabel()
+    figures.plot_classes(ax, np.c_[y, y], y)
+    assert len(ax.collections) == 8 and len(set(figures.MARKERS)) == 8
+    assert len(set(figures.COLOURS)) == 8 and ax.get_xlabel() and ax.get_ylabel()
 
 
 def test_losses_start_at_epoch_1(ax):
-    plotting.plot_losses(ax, {"m": {"loss": [3.0, 2.0]}, "n": {"loss": [1.0]}})
+    figures.plot_losses(ax, {"m": {"loss": [3.0, 2.0]}, "n": {"loss": [1.0]}})
     assert ax.lines[0].get_xydata().tolist() == [[1, 3], [2, 2]]
     assert len({line.get_linestyle() for line in ax.lines}) == 2 and ax.get_legend()
 
 
 def test_source_is_shown_whole_but_for_docstrings(shown):
-    plotting.show_source(MLP)
+    tables.show_source(MLP)
     code = shown[0].removeprefix("```python\n").removesuffix("\n```")
     compile(code, "shown", "exec")
     assert '"""' not in code and "nn.Linear(in_features, hidden)," in code and "# (B, in_f" in code
 
 
 def test_tables_are_markdown(shown):
-    plotting.show_table(["a", "b"], [[1, "x"], [2, "y"]])
+    tables.show_table(["a", "b"], [[1, "x"], [2, "y"]])
     assert shown == ["| a | b |\n| --- | --- |\n| 1 | x |\n| 2 | y |"]
 
 
@@ -130,7 +130,7 @@ TECHNIQUES = {  # how to inject it, and the symbols that must be drawn
 
 @pytest.fixture
 def wide():
-    with plt.rc_context(plotting.STYLE):
+    with plt.rc_context(figures.STYLE):
         fig, ax = plt.subplots(figsize=(9, 2.6))
         yield ax
     plt.close(fig)
@@ -173,7 +173,7 @@ def assert_apart(artists):
 
 @pytest.mark.parametrize("technique", TECHNIQUES)
 def test_each_technique_is_drawn_whole_and_nothing_overlaps(wide, technique):
-    plotting.plot_injected(wide, injected(technique))
+    drawings.plot_injected(wide, injected(technique))
     wide.figure.draw_without_rendering()
     assert sorted(s for s, *_ in symbols(wide)) == sorted(TECHNIQUES[technique][1])
     texts = [*wide.texts, *wide.get_legend().get_texts()]
@@ -208,12 +208,12 @@ def test_layers_are_orange_where_they_are_trained_and_hatched_where_not(wide):
     model = injected("LoRA")
     for block in model.blocks:
         unfreeze(block.norm1)
-    plotting.plot_injected(wide, model)
+    drawings.plot_injected(wide, model)
     drawn = {
         name: (to_hex(b.get_facecolor()).upper(), b.get_hatch()) for name, b in boxes(wide).items()
     }
-    trained = {name for name, look in drawn.items() if look == (plotting.TRAINED, None)}
-    frozen = {name for name, look in drawn.items() if look == (plotting.FROZEN, "////")}
+    trained = {name for name, look in drawn.items() if look == (drawings.TRAINED, None)}
+    frozen = {name for name, look in drawn.items() if look == (drawings.FROZEN, "////")}
     assert trained == {"blocks.0.norm1", "head"} and len(frozen) == 9
 
 
@@ -221,32 +221,32 @@ def test_layers_are_orange_where_they_are_trained_and_hatched_where_not(wide):
     "technique, n", [("probing", 1), ("full", 11), ("BitFit", 1), ("prompt", 1)]
 )
 def test_what_an_adapter_adds_leaves_its_layer_frozen(wide, technique, n):
-    plotting.plot_injected(wide, injected(technique))
+    drawings.plot_injected(wide, injected(technique))
     assert sum(b.get_hatch() is None for b in boxes(wide).values()) == n
 
 
 def test_only_the_vectors_of_vera_are_orange(wide):
-    plotting.plot_injected(wide, injected("VeRA"))
+    drawings.plot_injected(wide, injected("VeRA"))
     colours = {(s, colour_at(wide, x, y)) for s, x, y in symbols(wide)}
-    grey, orange = plotting.FROZEN, plotting.TRAINED
+    grey, orange = drawings.FROZEN, drawings.TRAINED
     assert colours == {("v", orange), ("B", grey), ("u", orange), ("A", grey)}
 
 
 @pytest.mark.parametrize("technique", ["LoRA", "OFT", "IA3", "Houlsby", "BitFit"])
 def test_adapters_are_grey_once_they_are_frozen(wide, technique):
     model = injected(technique)
-    plotting.plot_injected(wide, model)
-    assert {colour_at(wide, x, y) for _, x, y in symbols(wide)} == {plotting.TRAINED}
+    drawings.plot_injected(wide, model)
+    assert {colour_at(wide, x, y) for _, x, y in symbols(wide)} == {drawings.TRAINED}
     freeze(model)
     wide.clear()
-    plotting.plot_injected(wide, model)
-    assert {colour_at(wide, x, y) for _, x, y in symbols(wide)} == {plotting.FROZEN}
+    drawings.plot_injected(wide, model)
+    assert {colour_at(wide, x, y) for _, x, y in symbols(wide)} == {drawings.FROZEN}
 
 
 def places(ax, technique, name):
     """Return each symbol's place from the left, and above the middle, of a layer's box."""
-    plotting.plot_injected(ax, injected(technique))
-    left, right, middle = plotting.BOXES[name]
+    drawings.plot_injected(ax, injected(technique))
+    left, right, middle = drawings.BOXES[name]
     return {
         s: ((x - left) / (right - left), y - middle)
         for s, x, y in symbols(ax)
@@ -275,12 +275,12 @@ def test_adapters_are_where_their_class_puts_them(wide, technique, name, symbol,
 
 
 def test_a_parallel_adapter_spans_what_it_wraps(wide):
-    plotting.plot_injected(wide, injected("parallel"))
+    drawings.plot_injected(wide, injected("parallel"))
     [line] = [
-        w for w in wide.lines if w.get_color() == plotting.TRAINED and len(w.get_xdata()) == 4
+        w for w in wide.lines if w.get_color() == drawings.TRAINED and len(w.get_xdata()) == 4
     ]
     xs, ys = line.get_data()
-    fc1, fc2 = (plotting.BOXES[f"blocks.0.feed_forward.{name}"] for name in ("fc1", "fc2"))
+    fc1, fc2 = (drawings.BOXES[f"blocks.0.feed_forward.{name}"] for name in ("fc1", "fc2"))
     assert xs[0] == xs[1] < fc1[0] and xs[2] == xs[3] > fc2[1] and ys[0] == ys[3] == 0
     (_, up, y), (_, down, _) = symbols(wide)
     assert fc1[1] < up < down < fc2[0] and y == ys[1] == ys[2] < -8
@@ -290,7 +290,7 @@ def test_a_parallel_adapter_spans_what_it_wraps(wide):
     "n, text", [(1, "block 1 of 1"), (3, "block 1 of 3, same for the other blocks")]
 )
 def test_the_first_block_stands_for_all(wide, n, text):
-    plotting.plot_injected(wide, injected("Houlsby", n_layers=n))
+    drawings.plot_injected(wide, injected("Houlsby", n_layers=n))
     assert text in [t.get_text() for t in wide.texts]
     assert ("⋯" in [t.get_text() for t in wide.texts]) == (n > 1)
 
@@ -303,27 +303,27 @@ def test_what_would_be_drawn_wrongly_is_refused(wide):
     model = injected("probing")
     unfreeze(model.blocks[1].norm2)
     with pytest.raises(ValueError, match="blocks differ"):
-        plotting.plot_injected(wide, model)
+        drawings.plot_injected(wide, model)
     model = injected("probing")
     for i in range(2):  # the same tensors, another rank
         inject.inject_lora(model, [f"blocks.{i}.attention.q_proj"], r=4 + i)
     with pytest.raises(ValueError, match="blocks differ"):
-        plotting.plot_injected(wide, model)
+        drawings.plot_injected(wide, model)
     with pytest.raises(ValueError, match="MLP is not drawn"):
-        plotting.plot_injected(wide, MLP())
+        drawings.plot_injected(wide, MLP())
     model = injected("probing")
     model.norm = Other(model.norm)
     with pytest.raises(ValueError, match="no drawing of Other at 'norm'"):
-        plotting.plot_injected(wide, model)
+        drawings.plot_injected(wide, model)
     model = injected("probing")
     model.blocks = torch.nn.ModuleList(BottleneckAdapter(b, 4) for b in model.blocks)
     with pytest.raises(ValueError, match=r"no drawing of BottleneckAdapter at 'blocks\.0'"):
-        plotting.plot_injected(wide, model)
+        drawings.plot_injected(wide, model)
 
 
 def test_memory_is_stacked_and_summed(ax):
     parts = {"a": {"weights": 1e6, "gradients": 5e5}, "b": {"weights": 1e6, "activations": 31250}}
-    plotting.plot_memory(ax, parts)
+    figures.plot_memory(ax, parts)
     bars = {c.get_label(): [(b.get_x(), b.get_width()) for b in c] for c in ax.containers}
     assert bars == {
         "weights": [(0, 1), (0, 1)],
@@ -346,13 +346,13 @@ def test_memory_is_stacked_and_summed(ax):
     [(1, "0.001 kB"), (999, "0.999 kB"), (123456, "123 kB"), (2e9, "2 GB"), (4e12, "4,000 GB")],
 )
 def test_the_largest_total_chooses_the_unit(ax, size, text):
-    plotting.plot_memory(ax, {"a": {"weights": size}})
+    figures.plot_memory(ax, {"a": {"weights": size}})
     assert ax.texts[0].get_text() == text
 
 
 @pytest.fixture
 def page():
-    with plt.rc_context(plotting.STYLE):
+    with plt.rc_context(figures.STYLE):
         fig, ax = plt.subplots(figsize=(9, 5))
         rng, families = np.random.default_rng(0), {}
         points = {}
@@ -361,7 +361,7 @@ def page():
             summary = Summary(mean, 1.0, mean - 1, mean + 2, 9)
             points[name] = (int(10 ** (3 + rng.random())), summary, 1e6 * (1 + i % 4))
             families[name] = f"family {i % 7}"
-        plotting.plot_page(ax, points, families)
+        figures.plot_page(ax, points, families)
         fig.draw_without_rendering()
         yield ax, points, families
     plt.close(fig)
@@ -383,7 +383,7 @@ def test_page_has_intervals_families_and_areas(page):
         )
         looks.setdefault(families[name], set()).add((colour, shape))
     assert [len(look) for look in looks.values()] == [1] * 7
-    assert {colour for [(colour, _)] in looks.values()} == set(plotting.COLOURS[:7])
+    assert {colour for [(colour, _)] in looks.values()} == set(figures.COLOURS[:7])
     assert len({shape for [(_, shape)] in looks.values()}) == 7
     first, second = [c for c in ax.get_children() if "Legend" in type(c).__name__]
     named = {tuple(t.get_text() for t in legend.get_texts()) for legend in (first, second)}
@@ -423,12 +423,12 @@ def test_page_leads_distant_names_to_their_points(page):
 def test_page_refuses_a_method_that_trains_nothing(ax):
     points = {"none": (0, *summaries(3), 1e6), "one": (1, *summaries(3), 1e6)}
     with pytest.raises(ValueError, match=r"\['none'\] train nothing"):
-        plotting.plot_page(ax, points, dict.fromkeys(points, "family"))
+        figures.plot_page(ax, points, dict.fromkeys(points, "family"))
 
 
 def test_grid_has_its_numbers_in_its_cells(ax):
     values = np.array([[1.26, 20, 30], [40, 50, 60]])
-    plotting.plot_grid(ax, values, ["a", "b"], [1, 2, 4], xlabel="rank", ylabel="rate")
+    figures.plot_grid(ax, values, ["a", "b"], [1, 2, 4], xlabel="rank", ylabel="rate")
     drawn = {t.get_position(): t.get_text() for t in ax.texts}
     assert drawn == {(c, r): f"{values[r, c]:.1f}" for r in range(2) for c in range(3)}
     assert np.array_equal(ax.images[0].get_array(), values)
@@ -444,13 +444,13 @@ def test_grid_has_its_numbers_in_its_cells(ax):
 
 def test_grids_that_are_compared_share_their_colours(ax):
     limits, names = (0, 80), {"xlabel": "rank", "ylabel": "rate"}
-    plotting.plot_grid(ax, [[10, 20]], ["a"], [1, 2], **names, limits=limits)
+    figures.plot_grid(ax, [[10, 20]], ["a"], [1, 2], **names, limits=limits)
     assert ax.images[0].get_clim() == limits
 
 
 def test_a_front_is_joined_and_named_and_the_rest_is_faint(ax):
     points = {n: (x, s) for n, x, s in zip("abc", (1, 10, 100), summaries(5, 9, 7), strict=True)}
-    plotting.plot_front(ax, points, ["a", "b"])
+    figures.plot_front(ax, points, ["a", "b"])
     assert {t.get_text() for t in ax.texts} == {"a", "b"}
     line = next(line for line in ax.lines if len(line.get_xdata()) == 2)
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([1, 10], [5, 9])
@@ -461,29 +461,29 @@ def test_a_front_is_joined_and_named_and_the_rest_is_faint(ax):
 
 def test_a_front_of_a_linear_cost_keeps_its_axis(ax):
     points = {"a": (0, Summary(5, 1, 4, 6, 9)), "b": (80, Summary(9, 1, 8, 10, 9))}
-    plotting.plot_front(ax, points, ["a", "b"], xscale="linear")
+    figures.plot_front(ax, points, ["a", "b"], xscale="linear")
     assert ax.get_xscale() == "linear" and ax.get_xlim()[0] < 0
 
 
 def test_a_stored_table_is_shown_again_and_a_missing_one_is_named(tmp_path, monkeypatch):
     shown = []
-    monkeypatch.setattr(plotting, "display", shown.append)
+    monkeypatch.setattr(tables, "display", shown.append)
     path = tmp_path / "a.ipynb"
     output = nbformat.v4.new_output("display_data", {"text/markdown": "| 7 |"})
     cells = [nbformat.v4.new_code_cell(id=name) for name in ("with", "without")]
     cells[0].outputs = [nbformat.v4.new_output("stream", text="no table"), output]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
-    plotting.show_stored("a.ipynb", "with", folder=tmp_path)
+    tables.show_stored("a.ipynb", "with", folder=tmp_path)
     assert [m.data for m in shown] == ["| 7 |"]
     for name, cell in (("a.ipynb", "without"), ("b.ipynb", "with")):
         with pytest.raises(ValueError, match=f"{name} has no table in a cell '{cell}': store it"):
-            plotting.show_stored(name, cell, folder=tmp_path)
+            tables.show_stored(name, cell, folder=tmp_path)
 
 
 def test_what_fits_is_left_of_its_budget_and_checkpointing_is_hollow(ax):
     totals = {"small": {"full": 9e9, "LoRA": 2e9}, "large": {"full": 9e10, "LoRA": 3e10}}
     less = {m: {r: v / 2 for r, v in recipes.items()} for m, recipes in totals.items()}
-    plotting.plot_fits(ax, totals, less, (8, 24))
+    figures.plot_fits(ax, totals, less, (8, 24))
     drawn = {
         (c.get_offsets()[0][0], same_color(c.get_facecolor()[0], "white"))
         for c in ax.collections
@@ -500,7 +500,7 @@ def test_what_fits_is_left_of_its_budget_and_checkpointing_is_hollow(ax):
 def test_a_guide_shows_every_case_once_and_nothing_overlaps():
     fig, ax = plt.subplots(figsize=(9, 4))
     branches = {"near": {"1": "probe: 40 %", "50": "LoRA: 80 %"}, "far": {"1": "scratch: 30 %"}}
-    plotting.plot_guide(ax, "How far?", branches)
+    figures.plot_guide(ax, "How far?", branches)
     texts = [t.get_text() for t in ax.texts]
     leaves = {leaf for cases in branches.values() for leaf in cases.values()}
     assert sorted(texts) == sorted(["How far?", "near", "far", "1", "50", "1", *leaves])

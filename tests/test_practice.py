@@ -6,14 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import combine, inject, practice
-from helpers.freezing import count_parameters, freeze, unfreeze
 from helpers.models import TinyTransformer
-from helpers.quantize import dequantize, quantize
-from helpers.strategies import linear_probe
-from helpers.study import reproducible
-from helpers.techniques import TECHNIQUES, linear_weights, operations, prepare, samples, stream
-from helpers.training import evaluate, train
+from helpers.peft import arithmetic, dequantize, quantize, surgery
+from helpers.study import part3, part3_adapters, reproducible, stream
+from helpers.study.part2 import TECHNIQUES, prepare, samples
+from helpers.study.spectrum import linear_weights
+from helpers.training import (
+    count_parameters,
+    evaluate,
+    freeze,
+    linear_probe,
+    operations,
+    train,
+    unfreeze,
+)
 from tests.test_training import moved
 
 
@@ -24,7 +30,8 @@ def base(monkeypatch):
         model = TinyTransformer()
         optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
         train(model, *samples(0, "faint")["source"], optimizer=optimizer, epochs=3, batch_size=64)
-    monkeypatch.setattr(practice, "pretrained", lambda seed: copy.deepcopy(model))
+    for module in (part3, part3_adapters):
+        monkeypatch.setattr(module, "pretrained", lambda seed: copy.deepcopy(model))
     return model
 
 
@@ -32,7 +39,7 @@ def lora(base, rows, *, seed):
     """Return the base with a LoRA of rank 4 after five steps under the frozen head."""
     model = prepare(base, TECHNIQUES["LoRA"], seed=seed)
     freeze(model.head)
-    list(practice.learn(model, rows, lr=1e-2, marks=[5]))
+    list(part3.learn(model, rows, lr=1e-2, marks=[5]))
     return model
 
 
@@ -40,9 +47,9 @@ def norm(matrices):
     return np.linalg.norm([torch.linalg.norm(M.detach()) for M in matrices])
 
 
-@pytest.mark.parametrize("budget", practice.BUDGETS)
+@pytest.mark.parametrize("budget", part3.BUDGETS)
 def test_techniques_of_one_budget_train_about_as_many_parameters(budget, base):
-    for name, way in practice.BUDGETS[budget].items():
+    for name, way in part3.BUDGETS[budget].items():
         n = count_parameters(prepare(base, way)).trainable - 330
         exact = name in ("LoRA", "VeRA", "(IA)3", "BitFit", "LayerNorm tuning")
         assert n == budget if exact else 0.66 * budget <= n <= 1.02 * budget, f"{name}: {n}"
@@ -50,8 +57,8 @@ def test_techniques_of_one_budget_train_about_as_many_parameters(budget, base):
 
 def test_equal_compute_is_what_full_fine_tuning_computes(base):
     ways = ("linear probing", "LoRA, 1,792", "VeRA, 1,792", "full fine-tuning, 17,920")
-    found = practice.costs(
-        epochs=7, configurations={n: practice.CONFIGURATIONS[n] for n in ways}, per_class=2
+    found = part3.costs(
+        epochs=7, configurations={n: part3.CONFIGURATIONS[n] for n in ways}, per_class=2
     )
     whole = found["full fine-tuning, 17,920"]
     assert whole.steps == 7
@@ -60,9 +67,9 @@ def test_equal_compute_is_what_full_fine_tuning_computes(base):
         assert cost.steps * cost.flops <= 7 * whole.flops
         most = (cost.steps + 1) * cost.flops > 7 * whole.flops
         assert most or cost.steps == 1 or cost is head
-    assert head.steps == practice.ENOUGH and found["VeRA, 1,792"].steps < 7
+    assert head.steps == part3.ENOUGH and found["VeRA, 1,792"].steps < 7
     rows = samples(0, "turned", per_class=2)["few"]
-    model = prepare(base, practice.CONFIGURATIONS["linear probing"])
+    model = prepare(base, part3.CONFIGURATIONS["linear probing"])
     features = operations(model, *rows) - head.flops  # once, for all steps
     assert head.steps * head.flops + features < 40 * whole.flops
     assert found["LoRA, 1,792"].trained == 1_792 + 330
@@ -70,18 +77,18 @@ def test_equal_compute_is_what_full_fine_tuning_computes(base):
 
 
 def test_a_batch_has_a_hundred_rows_and_an_epoch_all_of_them():
-    way = {n: practice.CONFIGURATIONS[n] for n in ("LoRA, 1,792", "full fine-tuning, 17,920")}
-    ten, fifty = (practice.costs(epochs=4, configurations=way, per_class=k) for k in (10, 50))
+    way = {n: part3.CONFIGURATIONS[n] for n in ("LoRA, 1,792", "full fine-tuning, 17,920")}
+    ten, fifty = (part3.costs(epochs=4, configurations=way, per_class=k) for k in (10, 50))
     assert fifty["full fine-tuning, 17,920"].steps == 5 * 4
     for name, cost in ten.items():
         assert fifty[name].flops == cost.flops and 0 <= fifty[name].steps - 5 * cost.steps < 5
 
 
 def test_memory_counts_buffers_and_what_l2_sp_remembers(base):
-    found = practice.costs(per_class=2)
+    found = part3.costs(per_class=2)
     full, l2_sp = (found[f"{n}, 17,920"] for n in ("full fine-tuning", "L2-SP"))
     assert l2_sp.memory - full.memory == 2 * 8 * full.trained
-    model = prepare(base, practice.CONFIGURATIONS["VeRA, 1,792"])
+    model = prepare(base, part3.CONFIGURATIONS["VeRA, 1,792"])
     buffers = 8 * sum(b.numel() for b in model.buffers())
     assert buffers > 100_000 and found["VeRA, 1,792"].memory > 8 * 18_026 + buffers
 
@@ -89,15 +96,15 @@ def test_memory_counts_buffers_and_what_l2_sp_remembers(base):
 def test_linear_probing_on_cached_features_is_training_the_head_in_place(base):
     rows, found = samples(0, "turned", per_class=25)["few"], []
     for name in ("", "linear probing"):
-        model = prepare(base, practice.CONFIGURATIONS["linear probing"])
-        list(practice.learn(model, rows, lr=1e-2, marks=[9], name=name))
+        model = prepare(base, part3.CONFIGURATIONS["linear probing"])
+        list(part3.learn(model, rows, lr=1e-2, marks=[9], name=name))
         found.append(model(rows[0]).detach())
     assert torch.allclose(*found, rtol=0, atol=1e-9) and not torch.allclose(found[0], base(rows[0]))
 
 
 def test_costs_are_those_of_the_model(base):
-    way = practice.CONFIGURATIONS["DoRA, 192"]
-    [cost] = practice.costs(configurations={"DoRA, 192": way}, per_class=3).values()
+    way = part3.CONFIGURATIONS["DoRA, 192"]
+    [cost] = part3.costs(configurations={"DoRA, 192": way}, per_class=3).values()
     rows = samples(0, "turned", per_class=3)["few"]
     assert cost.flops == operations(prepare(base, way), *rows)
 
@@ -107,8 +114,8 @@ def test_a_pause_changes_nothing(name, base):
     rows = samples(0, "turned", per_class=2)["few"]
     found = []
     for marks in ([6], [1, 2, 6]):
-        model = prepare(base, practice.CONFIGURATIONS[name or "LoRA, 192"])
-        reached = list(practice.learn(model, rows, lr=1e-2, marks=marks, name=name))
+        model = prepare(base, part3.CONFIGURATIONS[name or "LoRA, 192"])
+        reached = list(part3.learn(model, rows, lr=1e-2, marks=marks, name=name))
         assert reached == marks
         found.append(model)
     assert moved(*found[:1], {k: p.clone() for k, p in found[1].named_parameters()}) == []
@@ -119,8 +126,8 @@ def test_lp_ft_is_fine_tuning_from_a_probed_head(base):
     probed = copy.deepcopy(base)
     linear_probe(probed, *rows, epochs=40, lr=1e-2)
     for start, name in ((base, "LP-FT, 17,920"), (probed, "full fine-tuning, 17,920")):
-        model = prepare(start, practice.CONFIGURATIONS[name])
-        list(practice.learn(model, rows, lr=1e-3, marks=[3], name=name))
+        model = prepare(start, part3.CONFIGURATIONS[name])
+        list(part3.learn(model, rows, lr=1e-3, marks=[3], name=name))
         found.append(model)
     assert moved(found[0], found[1].state_dict()) == []
 
@@ -129,8 +136,8 @@ def test_more_than_a_hundred_rows_are_steps_of_a_hundred(base, monkeypatch):
     steps, kept = [], torch.optim.Adam.step
     monkeypatch.setattr(torch.optim.Adam, "step", lambda *a, **k: steps.append(1) or kept(*a, **k))
     rows = samples(0, "turned", per_class=25)["few"]  # 250 rows: three steps an epoch
-    model = prepare(base, practice.CONFIGURATIONS["linear probing"])
-    list(practice.learn(model, rows, lr=1e-2, marks=[6, 12]))
+    model = prepare(base, part3.CONFIGURATIONS["linear probing"])
+    list(part3.learn(model, rows, lr=1e-2, marks=[6, 12]))
     assert len(steps) == 12
 
 
@@ -138,8 +145,8 @@ def test_l2_sp_stays_nearer_to_its_start(base):
     rows = samples(0, "turned", per_class=2)["few"]
     ways = {}
     for name in ("full fine-tuning, 17,920", "L2-SP, 17,920"):
-        model = prepare(base, practice.CONFIGURATIONS[name])
-        list(practice.learn(model, rows, lr=3e-3, marks=[20], name=name))
+        model = prepare(base, part3.CONFIGURATIONS[name])
+        list(part3.learn(model, rows, lr=3e-3, marks=[20], name=name))
         start = dict(base.named_parameters())
         ways[name] = sum(
             float(((p - start[k]) ** 2).sum().detach()) for k, p in model.named_parameters()
@@ -149,23 +156,23 @@ def test_l2_sp_stays_nearer_to_its_start(base):
 
 def test_the_front_is_what_nothing_beats():
     points = {"a": (1, 50), "b": (2, 40), "c": (2, 60), "d": (3, 60), "e": (9, 61), "f": (1, 49)}
-    assert practice.pareto_front(points) == ["a", "c", "e"]
+    assert part3.pareto_front(points) == ["a", "c", "e"]
 
 
 def test_scores_are_those_of_the_adapted_model_on_both_domains(base):
     settings = {"linear probing": [(1e-2, [4])], "from scratch, 17,920": [(1e-3, [2])]}
-    found = practice.compare_budgets(0, target="turned", settings=settings, per_class=2)
-    again = practice.compare_budgets(0, target="turned", settings=settings, per_class=2)
+    found = part3.compare_budgets(0, target="turned", settings=settings, per_class=2)
+    again = part3.compare_budgets(0, target="turned", settings=settings, per_class=2)
     assert found == again
     tuning = {"target": "turned", "settings": settings, "score_on": "validation"}
-    tried = practice.compare_budgets(0, **tuning, per_class=2)
+    tried = part3.compare_budgets(0, **tuning, per_class=2)
     assert tried.keys() == settings.keys() | {"margin"}
     rows = samples(0, "turned", per_class=2)
     with reproducible(0):
         fresh = TinyTransformer()
     for (name, [(lr, marks)]), start in zip(settings.items(), (base, fresh), strict=True):
-        model = prepare(start, practice.CONFIGURATIONS[name], seed=0)
-        list(practice.learn(model, rows["few"], lr=lr, marks=marks))
+        model = prepare(start, part3.CONFIGURATIONS[name], seed=0)
+        list(part3.learn(model, rows["few"], lr=lr, marks=marks))
         splits = ("test", "source test", "validation")
         scores = [100 * evaluate(model, *rows[split]).accuracy for split in splits]
         assert [found[name], found[f"{name}/source"], tried[name]] == scores
@@ -175,54 +182,54 @@ def test_scores_are_those_of_the_adapted_model_on_both_domains(base):
 
 def test_settings_are_chosen_on_validation_images_alone(monkeypatch):
     seen = []
-    monkeypatch.setattr(practice, "run_seeds", lambda run, seeds, workers: seen.append(run) or GOOD)
+    monkeypatch.setattr(part3, "run_seeds", lambda run, seeds, workers: seen.append(run) or GOOD)
     GOOD = {
         f"{name}, {lr:g}, {n}": np.array([50.0, 52.0])
         for name, marks in {"LoRA, 192": (4, 8), "linear probing": (2, 10, 50, 100)}.items()
-        for lr in practice.rates_for(name)
+        for lr in part3.rates_for(name)
         for n in marks
     }
     GOOD["LoRA, 192, 0.01, 4"] = GOOD["LoRA, 192, 0.03, 4"] = np.array([60.0, 62.0])
     GOOD["margin"] = np.array([1.0, 2.0])
     steps = {"LoRA, 192": 8, "linear probing": 100}
-    chosen, margins = practice.choose_settings("turned", [1, 2], steps=steps)
+    chosen, margins = part3.choose_settings("turned", [1, 2], steps=steps)
     # of equals, the lower rate and the fewer steps
     assert chosen == {"LoRA, 192": [(1e-2, [4])], "linear probing": [(3e-3, [2])]}
     assert seen[0].keywords["settings"]["linear probing"][0] == (3e-3, [2, 10, 50, 100])
     assert margins.tolist() == [1.0, 2.0]
     assert seen[0].keywords["score_on"] == "validation"
-    chosen, margins = practice.choose_settings("turned", [], steps={"LoRA, 192": 8})
+    chosen, margins = part3.choose_settings("turned", [], steps={"LoRA, 192": 8})
     assert chosen == {"LoRA, 192": [(3e-2, [8])]} and margins == [] and len(seen) == 1
 
 
 def test_rates_are_neighbours_and_the_more_moves_the_lower_they_are():
-    every = practice.CONFIGURATIONS | practice.FOUR_BIT
+    every = part3.CONFIGURATIONS | part3.FOUR_BIT
     for name in every:
-        rates = practice.rates_for(name)
-        start = practice.RATES.index(rates[0])
-        assert rates == practice.RATES[start : start + len(rates)] and len(rates) >= 3
-    lowest = {name: practice.rates_for(name)[0] for name in every}
+        rates = part3.rates_for(name)
+        start = part3.RATES.index(rates[0])
+        assert rates == part3.RATES[start : start + len(rates)] and len(rates) >= 3
+    lowest = {name: part3.rates_for(name)[0] for name in every}
     assert lowest["full fine-tuning, 17,920"] < lowest["LoRA, 1,792"] < lowest["LoRA, 192"]
-    assert {lowest[name] for name in practice.FOUR_BIT} == {lowest["LoRA, 1,792"]}
+    assert {lowest[name] for name in part3.FOUR_BIT} == {lowest["LoRA, 1,792"]}
 
 
 def test_an_adapter_each_forgets_nothing_and_one_set_of_weights_is_one_model():
     rates = {"LoRA": 1e-2, "full fine-tuning": 3e-3}
     tasks = ("faint", "turned")
-    found = practice.learn_in_turn(0, rates=rates, tasks=tasks, steps=8, per_class=3)
+    found = part3_adapters.learn_in_turn(0, rates=rates, tasks=tasks, steps=8, per_class=3)
     for j in range(3):
         column = [found[f"a LoRA each/{i}/{j}"] for i in range(3)]
         assert column[j:] == [column[j]] * (3 - j)  # once learned it stays
         starts = {found[f"{way}/0/{j}"] for way in ("one set of weights", "one LoRA")}
         assert starts == {column[0]}  # all ways start from the pre-trained model
     assert found["a LoRA each/1/1"] == found["one LoRA/1/1"]  # the first task's is the same LoRA
-    alone = practice.learn_in_turn(0, rates=rates, tasks=("turned",), steps=8, per_class=3)
+    alone = part3_adapters.learn_in_turn(0, rates=rates, tasks=("turned",), steps=8, per_class=3)
     assert found["a LoRA each/2/2"] == alone["a LoRA each/1/1"]  # it starts anew
     assert found["one LoRA/2/2"] not in (found["one LoRA/0/2"], alone["one LoRA/1/1"])
 
 
 def test_before_the_first_task_the_pre_trained_model_is_scored_on_test_images(base):
-    found = practice.learn_in_turn(
+    found = part3_adapters.learn_in_turn(
         0, rates={"LoRA": 1e-2, "full fine-tuning": 3e-3}, tasks=("faint",), steps=1, per_class=1
     )
     rows = samples(0, "faint")
@@ -231,15 +238,17 @@ def test_before_the_first_task_the_pre_trained_model_is_scored_on_test_images(ba
 
 
 def test_combinations_are_scored_and_what_averaging_factors_misses_is_measured(base):
-    found = practice.combine_adapters(0, lr=1e-2, tasks=("faint", "turned"), steps=5, per_class=2)
+    found = part3_adapters.combine_adapters(
+        0, lr=1e-2, tasks=("faint", "turned"), steps=5, per_class=2
+    )
     rows = {task: samples(0, task, per_class=2) for task in ("faint", "turned")}
     faint, turned = (
         lora(base, part["few"], seed=stream(0, f"adapter {i}"))
         for i, part in enumerate(rows.values())
     )
-    deltas = [combine.delta_weights(model) for model in (faint, turned)]
+    deltas = [arithmetic.delta_weights(model) for model in (faint, turned)]
     mean = {k: (deltas[0][k] + deltas[1][k]) / 2 for k in deltas[0]}
-    pairs = zip(*(inject.adapters(model).values() for model in (faint, turned)), strict=True)
+    pairs = zip(*(surgery.adapters(model).values() for model in (faint, turned)), strict=True)
     wrong = {  # s = 2, from halves of two sums
         k: 2 / 4 * (a.lora_B + b.lora_B) @ (a.lora_A + b.lora_A)
         for k, (a, b) in zip(mean, pairs, strict=True)
@@ -248,10 +257,10 @@ def test_combinations_are_scored_and_what_averaging_factors_misses_is_measured(b
         "base": base,
         "adapter of faint": faint,
         "adapter of turned": turned,
-        "sum": combine.add(combine.add(base, deltas[0]), deltas[1]),
-        "mean": combine.add(base, mean),
-        "mean of A, of B": combine.add(base, wrong),
-        "TIES": combine.add(base, combine.ties(deltas)),
+        "sum": arithmetic.add(arithmetic.add(base, deltas[0]), deltas[1]),
+        "mean": arithmetic.add(base, mean),
+        "mean of A, of B": arithmetic.add(base, wrong),
+        "TIES": arithmetic.add(base, arithmetic.ties(deltas)),
     }
     tests = {"source": rows["faint"]["source test"]} | {t: rows[t]["test"] for t in rows}
     for name, model in models.items():
@@ -263,38 +272,38 @@ def test_combinations_are_scored_and_what_averaging_factors_misses_is_measured(b
 
 
 def test_what_is_subtracted_was_learned_from_source_images_of_the_digit(base):
-    found = practice.forget_digit(3, lr=1e-2, scales=(0.5, 1.0), steps=5, per_class=5)
+    found = part3_adapters.forget_digit(3, lr=1e-2, scales=(0.5, 1.0), steps=5, per_class=5)
     rows = samples(3, "turned")
     X, y = rows["source"]
-    delta = combine.delta_weights(lora(base, (X[y == 3][:5], y[y == 3][:5]), seed=3))
+    delta = arithmetic.delta_weights(lora(base, (X[y == 3][:5], y[y == 3][:5]), seed=3))
     X, y = rows["source test"]
     for scale in (0, 0.5, 1):
-        less = combine.add(base, delta, scale=-scale)
+        less = arithmetic.add(base, delta, scale=-scale)
         for part, on in {"digit": y == 3, "others": y != 3}.items():
             assert found[f"{scale:g}/{part}"] == 100 * evaluate(less, X[on], y[on]).accuracy
     assert found["1/digit"] < found["0/digit"]
 
 
 def test_loftq_starts_nearer_to_the_weights_than_codes_alone():
-    found = practice.quantization_cost(0)
+    found = part3_adapters.quantization_cost(0)
     assert 0 < found["LoftQ, NF4/error"] < 0.9 * found["NF4/error"]
 
 
 def test_each_code_costs_what_rounding_the_weights_to_it_costs(base):
-    found, weights = practice.quantization_cost(0), linear_weights(base)
+    found, weights = part3_adapters.quantization_cost(0), linear_weights(base)
     for name in ("NF4", "int4"):
         near = {k: dequantize(quantize(W, code=name.lower())) for k, W in weights.items()}
         error = 100 * norm(near[k] - W for k, W in weights.items()) / norm(weights.values())
         assert found[f"{name}/error"] == pytest.approx(error)
-        start = linear_weights(prepare(base, practice.FOUR_BIT[f"QLoRA, {name}"]))
+        start = linear_weights(prepare(base, part3.FOUR_BIT[f"QLoRA, {name}"]))
         assert all(torch.allclose(start[k], near[k]) for k in weights)
     test = samples(0, "turned")["source test"]
     assert found["full precision/accuracy"] == 100 * evaluate(base, *test).accuracy
 
 
-@pytest.mark.parametrize("name", practice.FOUR_BIT)
+@pytest.mark.parametrize("name", part3.FOUR_BIT)
 def test_four_bit_ways_train_as_many_parameters_as_lora(name, base):
-    model = prepare(base, practice.FOUR_BIT[name])
+    model = prepare(base, part3.FOUR_BIT[name])
     assert count_parameters(model).trainable == 1_792 + 330
     unfreeze(model)
     assert count_parameters(model).trainable < 8_000  # codes are no parameters

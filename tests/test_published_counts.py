@@ -26,16 +26,16 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from helpers import scale
-from helpers.freezing import count_parameters, freeze, unfreeze
-from helpers.inject import (
+from helpers.peft import (
     inject_bitfit,
     inject_ia3,
     inject_lora,
     inject_prefix,
     inject_prompt,
     inject_vera,
+    large,
 )
+from helpers.training import count_parameters, freeze, unfreeze
 
 with (Path(__file__).parent / "published_counts.csv").open(encoding="utf-8", newline="") as lines:
     ROWS = {"-".join([r["model"], r["method"], r["setting"]]): r for r in csv.DictReader(lines)}
@@ -49,9 +49,9 @@ LARGE = {
 ROBERTA = {"vocab_size": 50_265, "max_position_embeddings": 514, "type_vocab_size": 1}
 CASED = {"vocab_size": 28_996, "num_labels": 2}
 MODELS = {
-    "roberta-base": scale.MODELS["RoBERTa-base"],
+    "roberta-base": large.MODELS["RoBERTa-base"],
     "roberta-large": lambda: RobertaModel(RobertaConfig(**ROBERTA, **LARGE)),
-    "GPT-3 175B": scale.MODELS["GPT-3 175B"],
+    "GPT-3 175B": large.MODELS["GPT-3 175B"],
     "GPT-2 medium": lambda: GPT2LMHeadModel(GPT2Config(n_layer=24, n_embd=1024, n_head=16)),
     "gpt2-large": lambda: GPT2LMHeadModel(GPT2Config(n_layer=36, n_embd=1280, n_head=20)),
     "bert-large": lambda: BertModel(BertConfig(**LARGE)),
@@ -62,7 +62,7 @@ MODELS = {
     "MLP 20-2000-2000-2": lambda: nn.Sequential(
         nn.Linear(20, 2000), nn.ReLU(), nn.Linear(2000, 2000), nn.ReLU(), nn.Linear(2000, 2)
     ),
-    "Llama-2-7B": scale.MODELS["Llama-2 7B"],
+    "Llama-2-7B": large.MODELS["Llama-2 7B"],
     # transformers 5 ties the output layer of a T5 built from a configuration; T0's is apart, which
     # adds 2.4 % to the total and changes none of the printed digits
     "T5 v1.1 XL (T0-3B)": lambda: T5ForConditionalGeneration(
@@ -122,7 +122,7 @@ METHODS = {
 
 def adapted(row):
     """Return the row's model, built on meta, with its adapters, and its parameters before them."""
-    model = scale.build(MODELS[row["model"]])
+    model = large.build(MODELS[row["model"]])
     before = count_parameters(model).total
     freeze(model)
     number = re.search(r"\d+", row["setting"])  # the rank, or how many virtual tokens

@@ -11,15 +11,27 @@ from torch import nn
 from torch.autograd import grad
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from helpers import inject
-from helpers.checkpoint import load_peft, load_trainable, save_peft, save_trainable
-from helpers.freezing import freeze, unfreeze
-from helpers.inject import adapters, adapters_disabled, merge, quantize_layers
-from helpers.layers import matrix
 from helpers.models import MLP, TinyTransformer
-from helpers.quantize import CODEBOOKS, QuantizedLinear, dequantize, loftq, quantize, stored_bytes
+from helpers.peft import (
+    CODEBOOKS,
+    QuantizedLinear,
+    adapters,
+    adapters_disabled,
+    dequantize,
+    inject,
+    load_peft,
+    load_trainable,
+    loftq,
+    matrix,
+    merge,
+    qlora,
+    quantize,
+    quantize_layers,
+    save_peft,
+    save_trainable,
+)
 from helpers.study import reproducible
-from helpers.techniques import activation_bytes
+from helpers.training import activation_bytes, freeze, stored_bytes, unfreeze
 
 PUBLISHED = [  # QLoRA, appendix E
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -75,7 +87,7 @@ def tiny(**sizes):
 def restored(model):
     """A copy with a plain layer in the place of each quantised one."""
     model = copy.deepcopy(model)
-    inject.dequantize_layers(model)
+    qlora.dequantize_layers(model)
     return model
 
 
@@ -401,7 +413,7 @@ def test_injected_loftq_is_a_lora_that_starts_near_the_original(rslora):
     bare, model, wide = (copy.deepcopy(original) for _ in range(3))
     options = dict(r=4, lora_alpha=6, rslora=rslora)
     stream = torch.get_rng_state()
-    names = inject.inject_loftq(model, LINEAR, **options)
+    names = qlora.inject_loftq(model, LINEAR, **options)
     assert names == quantize_layers(bare, LINEAR) and torch.equal(torch.get_rng_state(), stream)
     assert {p for n, p in model.named_parameters() if ".lora_" in n} == {
         p for p in model.parameters() if p.requires_grad
@@ -412,7 +424,7 @@ def test_injected_loftq_is_a_lora_that_starts_near_the_original(rslora):
         q, A, B = loftq(W, 4, scaling=lora.scaling)
         close(lora.merged_weight(), dequantize(q) + lora.scaling * B @ A)
         assert (lora.merged_weight() - W).norm() < (bare.get_submodule(name).weight - W).norm()
-    inject.inject_loftq(wide, LINEAR, r=16)
+    qlora.inject_loftq(wide, LINEAR, r=16)
     close(wide(x), original(x), 1e-9)  # at full rank nothing is lost
     assert (bare(x) - original(x)).abs().max() > 1e-3
     with adapters_disabled(model):
@@ -422,7 +434,7 @@ def test_injected_loftq_is_a_lora_that_starts_near_the_original(rslora):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loftq_keeps_the_dtype_of_its_layer(dtype):
     model = tiny().to(dtype)
-    inject.inject_loftq(model, QV, r=2, steps=1)
+    qlora.inject_loftq(model, QV, r=2, steps=1)
     lora = model.blocks[0].attention.q_proj
     assert {lora.lora_A.dtype, lora.lora_B.dtype, lora.base.weight.dtype} == {dtype}
     assert model(torch.randn(2, 16, dtype=dtype)).dtype == dtype
@@ -430,7 +442,7 @@ def test_loftq_keeps_the_dtype_of_its_layer(dtype):
 
 STARTS = {
     "qlora": lambda m: (quantize_layers(m, QV), inject.inject_lora(m, QV, r=3, dropout=0.1)),
-    "loftq": lambda m: inject.inject_loftq(m, QV, r=3, dropout=0.1),
+    "loftq": lambda m: qlora.inject_loftq(m, QV, r=3, dropout=0.1),
 }
 
 
@@ -501,7 +513,7 @@ def broken():
 
 LAYERS = {
     "quantize": quantize_layers,
-    "loftq": lambda m, t, **k: inject.inject_loftq(m, t, r=2, **k),
+    "loftq": lambda m, t, **k: qlora.inject_loftq(m, t, r=2, **k),
 }
 Q = "'blocks.0.attention.q_proj'"
 REFUSED = [
@@ -548,7 +560,7 @@ def test_a_refusal_names_the_offender_and_changes_nothing(make, targets, options
         (lambda: loftq(torch.ones(4, 6), 1.5), "rank r=1.5 must be an integer from 1 to 4"),
         (lambda: loftq(torch.ones(4, 6), 2, steps=0), "steps=0 must be an integer, 1 or more"),
         (
-            lambda: inject.inject_loftq(tiny(), QV, r=17),
+            lambda: qlora.inject_loftq(tiny(), QV, r=17),
             "rank r=17 must be an integer from 1 to 16",
         ),
         (lambda: inject.inject_lora(quantised(), QV, r=17), "rank r=17 must be an integer from 1"),

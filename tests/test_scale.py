@@ -17,12 +17,9 @@ from transformers import (
     RobertaModel,
 )
 
-from helpers import scale
-from helpers.freezing import count_parameters
-from helpers.inject import quantize_layers
-from helpers.quantize import stored_bytes
-from helpers.scale import adapt, build, count_activations, training_memory
-from helpers.training import saved_bytes
+from helpers.peft import large, quantize_layers
+from helpers.peft.large import adapt, build, count_activations, training_memory
+from helpers.training import count_parameters, saved_bytes, stored_bytes
 
 BLOCK = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128, "vocab_size": 100}
 SMALL = {
@@ -50,14 +47,14 @@ def real(name, technique, dtype=torch.float32, n=2):
 
 def checkpoint_lower(model):
     """Let all blocks but the last keep their inputs alone."""
-    name, blocks = scale._blocks(model)
-    lower = [scale._Checkpointed(block) for block in blocks[:-1]]
+    name, blocks = large._blocks(model)
+    lower = [large._Checkpointed(block) for block in blocks[:-1]]
     model.set_submodule(name, nn.ModuleList([*lower, blocks[-1]]))
 
 
 def test_nothing_is_allocated_drawn_or_printed(capfd):
     state = torch.get_rng_state()
-    for name in scale.MODELS:
+    for name in large.MODELS:
         model = adapt(build(name), "LoRA on all linears, r=16")
         held = [*model.parameters(), *model.buffers()]
         before = dict(model.named_modules())
@@ -102,9 +99,9 @@ def test_trainable_parameters_follow_from_a_blocks_sizes(name, L, d, kv, width):
         assert count_parameters(adapt(build(name), technique)).trainable == count, technique
 
 
-@pytest.mark.parametrize("name, technique", scale.PUBLISHED)
+@pytest.mark.parametrize("name, technique", large.PUBLISHED)
 def test_trainable_counts_are_those_published(name, technique):
-    published, _ = scale.PUBLISHED[name, technique]
+    published, _ = large.PUBLISHED[name, technique]
     assert count_parameters(adapt(build(name), technique)).trainable == published
 
 
@@ -119,7 +116,7 @@ def test_activations_are_those_that_a_real_forward_pass_keeps(name, technique, c
     model, x, given = real(name, technique, n=5)
     if checkpointing:
         checkpoint_lower(model)
-    kept = saved_bytes(lambda: scale._loss(model, x), given=given)
+    kept = saved_bytes(lambda: large._loss(model, x), given=given)
     on_meta = adapt(build(lambda: SMALL[name](5)), technique)
     assert count_activations(on_meta, checkpointing=checkpointing, **ROWS) == kept
 
@@ -130,12 +127,12 @@ def test_layers_extrapolate_exactly(name):
     counted = count_activations(model, **ROWS)
     x = torch.zeros(tuple(ROWS.values()), dtype=torch.long, device="meta")
     given = [*model.parameters(), *model.buffers(), x]
-    assert saved_bytes(lambda: scale._loss(model, x), given=given) == counted
+    assert saved_bytes(lambda: large._loss(model, x), given=given) == counted
     checkpoint_lower(model)
-    kept = saved_bytes(lambda: scale._loss(model, x), given=given)
-    name, _ = scale._blocks(model)
+    kept = saved_bytes(lambda: large._loss(model, x), given=given)
+    name, _ = large._blocks(model)
     model.set_submodule(
-        name, nn.ModuleList(getattr(b, "block", b) for b in scale._blocks(model)[1])
+        name, nn.ModuleList(getattr(b, "block", b) for b in large._blocks(model)[1])
     )
     assert count_activations(model, checkpointing=True, **ROWS) == kept < counted
 
@@ -144,7 +141,7 @@ def test_layers_extrapolate_exactly(name):
 def test_activations_are_what_the_allocator_holds_after_a_forward_pass(technique):
     model, x, _ = real("Llama", technique)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        loss = scale._loss(model, x)
+        loss = large._loss(model, x)
     held = sum(event.self_cpu_memory_usage for event in seen.key_averages())
     counted = count_activations(adapt(build(SMALL["Llama"]), technique), **ROWS)
     assert held == counted + loss.nbytes
@@ -160,13 +157,13 @@ def test_the_loss_keeps_what_that_of_transformers_keeps():
     assert kept == counted + len(x) * (100 * 4 + 8)
 
 
-@pytest.mark.parametrize("recipe", [r for r in scale.RECIPES if "NF4" not in r])
+@pytest.mark.parametrize("recipe", [r for r in large.RECIPES if "NF4" not in r])
 @pytest.mark.parametrize("name", SMALL)
 def test_the_memory_model_equals_measured_bytes(name, recipe):
-    technique, precision = scale.RECIPES[recipe]
-    model, x, given = real(name, technique, scale.PRECISIONS[precision][0])
+    technique, precision = large.RECIPES[recipe]
+    model, x, given = real(name, technique, large.PRECISIONS[precision][0])
     output = []
-    kept = saved_bytes(lambda: output.append(scale._loss(model, x)), given=given)
+    kept = saved_bytes(lambda: output.append(large._loss(model, x)), given=given)
     (output[0].pooler_output.sum() if name == "RoBERTa" else output[0]).backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     masters = [p if p.dtype == torch.float32 else p.detach().float() for p in trained]
@@ -190,7 +187,7 @@ def test_the_memory_model_equals_measured_bytes(name, recipe):
 
 
 def test_nf4_shrinks_the_linear_weights_of_the_blocks_and_nothing_else():
-    lora, qlora = (training_memory("Llama-2 7B", r) for r in list(scale.RECIPES)[2:])
+    lora, qlora = (training_memory("Llama-2 7B", r) for r in list(large.RECIPES)[2:])
     linear = 32 * (4 * 4096**2 + 3 * 4096 * 11_008)
     bits = 4 + 8 / 64 + 32 / (64 * 256)
     assert lora["weights"] - qlora["weights"] == math.floor(linear * (16 - bits) / 8)
@@ -200,11 +197,11 @@ def test_nf4_shrinks_the_linear_weights_of_the_blocks_and_nothing_else():
 
 def test_qlora_on_a_real_4_bit_base_holds_what_is_counted():
     model = SMALL["Llama"]().eval().to(torch.bfloat16)
-    layers = quantize_layers(model, scale.LAYERS["llama"]["linear"])
+    layers = quantize_layers(model, large.LAYERS["llama"]["linear"])
     model, x = adapt(model, "LoRA on all linears, r=16"), tokens()
     given = [*model.parameters(), *model.buffers(), x]
     parts = training_memory(SMALL["Llama"], "QLoRA, NF4 base", **ROWS)
-    assert saved_bytes(lambda: scale._loss(model, x), given=given) == parts["activations"]
+    assert saved_bytes(lambda: large._loss(model, x), given=given) == parts["activations"]
     positions = sum(b.nbytes for n, b in model.named_buffers() if "inv_freq" in n)  # not stored
     # a layer has a float32 more, its scales' mean, and in these small ones a step half used
     more = stored_bytes(model) - positions - parts["weights"]
@@ -222,7 +219,7 @@ def test_memory_is_as_the_papers_print_it():
     assert round(training_memory("GPT-3 175B", "LoRA, bf16 base")["weights"] / 1e9) == 350
     # Dettmers et al. 2023, section 1: 65B parameters in less than 48 GB; 70B is a little more
     parts = training_memory("Llama-2 70B", "QLoRA, NF4 base", checkpointing=True)
-    assert 36e9 < sum(parts.values()) < 48e9 and scale.smallest_budget(parts) == 80
+    assert 36e9 < sum(parts.values()) < 48e9 and large.smallest_budget(parts) == 80
 
 
 def test_fewer_trained_layers_keep_less():
@@ -233,7 +230,7 @@ def test_fewer_trained_layers_keep_less():
 
 
 def test_the_budget_is_the_smallest_that_holds_all_parts():
-    fits = [scale.smallest_budget({"a": n, "b": 10**9}) for n in (7e9, 7e9 + 1, 79e9, 79e9 + 1)]
+    fits = [large.smallest_budget({"a": n, "b": 10**9}) for n in (7e9, 7e9 + 1, 79e9, 79e9 + 1)]
     assert fits == [8, 24, 80, None]
 
 

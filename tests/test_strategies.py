@@ -11,13 +11,24 @@ import pytest
 import torch
 from torch.optim import SGD, Adam
 
-from helpers import strategies
 from helpers.data import published_task, shifted_domain
-from helpers.freezing import count_parameters, freeze
 from helpers.models import with_fresh_head
-from helpers.strategies import adapt, feature_extraction, fine_tune, l2_sp, linear_probe, lp_ft
 from helpers.study import reproducible
-from helpers.training import cross_entropy, evaluate, predict, train
+from helpers.training import (
+    adapt,
+    count_parameters,
+    cross_entropy,
+    evaluate,
+    feature_extraction,
+    fine_tune,
+    freeze,
+    l2_sp,
+    linear_probe,
+    lp_ft,
+    predict,
+    strategies,
+    train,
+)
 from tests.test_training import copied, moved
 
 ROOT = Path(__file__).parent.parent

@@ -12,7 +12,6 @@ from joblib import cpu_count, parallel_config
 from scipy import stats
 from threadpoolctl import threadpool_info
 
-from helpers import study
 from helpers.study import (
     Comparison,
     close_calls,
@@ -21,6 +20,7 @@ from helpers.study import (
     reproducible,
     run_seeds,
     summarize,
+    verdicts,
 )
 
 
@@ -178,7 +178,7 @@ def test_summary_is_mean_spread_and_interval():
 @pytest.mark.parametrize("n", [6, 10, 20])
 @pytest.mark.parametrize("distribution", ["normal", "uniform"])
 def test_intervals_cover_and_verdicts_err_as_often_as_they_claim(n, distribution, monkeypatch):
-    monkeypatch.setattr(study, "RESAMPLES", 1000)
+    monkeypatch.setattr(verdicts, "RESAMPLES", 1000)
     rng = np.random.default_rng(0)
     centred = {"normal": rng.standard_normal, "uniform": lambda n: rng.random(n) - 0.5}
     studies = [compare(centred[distribution](n), np.zeros(n)) for _ in range(2000)]
@@ -187,7 +187,7 @@ def test_intervals_cover_and_verdicts_err_as_often_as_they_claim(n, distribution
 
 
 def test_with_several_comparisons_false_verdicts_in_a_table_stay_rare(monkeypatch):
-    monkeypatch.setattr(study, "RESAMPLES", 1000)
+    monkeypatch.setattr(verdicts, "RESAMPLES", 1000)
     rng = np.random.default_rng(1)
     wrong = 0
     for _ in range(150):
@@ -198,7 +198,7 @@ def test_with_several_comparisons_false_verdicts_in_a_table_stay_rare(monkeypatc
 
 
 def test_a_planted_effect_is_found_at_the_power_that_is_claimed(monkeypatch):
-    monkeypatch.setattr(study, "RESAMPLES", 1000)
+    monkeypatch.setattr(verdicts, "RESAMPLES", 1000)
     effect = compare(draws(30), np.zeros(30)).detectable / draws(30).std(ddof=1)
     found = [compare(draws(30, effect, seed), np.zeros(30)).sign == "▲" for seed in range(200)]
     assert 0.7 <= np.mean(found) <= 0.9
@@ -208,19 +208,19 @@ def test_a_planted_effect_is_found_at_the_power_that_is_claimed(monkeypatch):
 
 
 def test_among_several_comparisons_less_can_be_seen_and_too_few_seeds_see_nothing(monkeypatch):
-    monkeypatch.setattr(study, "RESAMPLES", 1000)
+    monkeypatch.setattr(verdicts, "RESAMPLES", 1000)
     one = compare(draws(30), np.zeros(30))
     assert one.detectable_among(1) == pytest.approx(one.detectable)
     effect, found = one.detectable_among(7) / draws(30).std(ddof=1), []
     for seed in range(100):  # one true difference among seven
         table = {str(i): draws(30, effect * (i == 0), 1000 + 9 * seed + i) for i in range(7)}
-        pairs = study.compare_pairs(table | {"none": np.zeros(30)}, [(k, "none") for k in table])
+        pairs = verdicts.compare_pairs(table | {"none": np.zeros(30)}, [(k, "none") for k in table])
         found.append(pairs["0", "none"].sign == "▲")
     assert 0.68 <= np.mean(found) <= 0.92
     for several in (1, 7, 21):
-        n = study.seeds_needed(several)
+        n = verdicts.seeds_needed(several)
         signs = [
-            study.compare_pairs({"a": np.arange(k) + 1.0, "b": np.zeros(k)}, [("a", "b")])
+            verdicts.compare_pairs({"a": np.arange(k) + 1.0, "b": np.zeros(k)}, [("a", "b")])
             for k in (n - 1, n)
         ]
         p = [found["a", "b"].p * several for found in signs]
@@ -259,7 +259,7 @@ def test_a_verdict_needs_interval_test_and_wins(wins, low, p, verdict):
 
 def test_holm_on_a_worked_example(monkeypatch):
     p = {"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}
-    monkeypatch.setattr(study, "compare", lambda a, b: Comparison(0, 0, 0, p[a], 0, 0, 9))
+    monkeypatch.setattr(verdicts, "compare", lambda a, b: Comparison(0, 0, 0, p[a], 0, 0, 9))
     found = compare_pairs({k: k for k in "abcdx"}, [(k, "x") for k in "abcd"])
     assert list(found) == [(k, "x") for k in "abcd"]
     assert [c.p for c in found.values()] == pytest.approx([0.03, 0.06, 0.06, 0.02])
@@ -274,7 +274,7 @@ def test_arrays_that_do_not_pair_up_are_refused():
 
 def test_the_last_bit_does_not_decide_a_printed_digit():
     below, above = np.nextafter(81.25, 0), np.nextafter(81.25, 99)
-    printed = {str(study.Summary(x, 0.0, x, x, 2)) for x in (below, 81.25, above)}
+    printed = {str(verdicts.Summary(x, 0.0, x, x, 2)) for x in (below, 81.25, above)}
     assert len(printed) == 1
     assert len({Comparison(x, x, x, 0, 1, 0, 2).numbers for x in (below, above)}) == 1
 

@@ -7,12 +7,21 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import inject, strategies, techniques
-from helpers.freezing import count_parameters, freeze, unfreeze
 from helpers.models import TinyTransformer
-from helpers.study import reproducible
-from helpers.techniques import LINEAR, TECHNIQUES, fit, operations, prepare, samples
-from helpers.training import evaluate, predict, train
+from helpers.peft import inject, surgery
+from helpers.study import part2, reproducible, spectrum
+from helpers.study.part2 import LINEAR, TECHNIQUES, fit, prepare, samples
+from helpers.training import (
+    costs,
+    count_parameters,
+    evaluate,
+    freeze,
+    operations,
+    predict,
+    strategies,
+    train,
+    unfreeze,
+)
 from tests.test_training import copied, moved
 
 QUICK = {"epochs": 3, "target": "faint"}
@@ -55,25 +64,25 @@ def quickly(seen):
 def folder(tmp_path_factory):
     """Pre-trained models: seed 0 as it is, seed 1 after one epoch."""
     folder = tmp_path_factory.mktemp("pretrained")
-    techniques.pretrained(0, folder=folder)
+    part2.pretrained(0, folder=folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(techniques, "train", quickly([]))
-        techniques.pretrained(1, folder=folder)
+        patch.setattr(part2, "train", quickly([]))
+        part2.pretrained(1, folder=folder)
     return folder
 
 
 @pytest.fixture
 def begin(folder, monkeypatch):
     """Seed 0's start; whoever asks for a pre-trained model gets it from this module's folder."""
-    real = techniques.pretrained
-    monkeypatch.setattr(techniques, "pretrained", lambda seed, **_: real(seed, folder=folder))
-    return techniques.start(0)
+    real = part2.pretrained
+    monkeypatch.setattr(part2, "pretrained", lambda seed, **_: real(seed, folder=folder))
+    return part2.start(0)
 
 
 @pytest.fixture
 def trainings(monkeypatch):
     seen = []
-    monkeypatch.setattr(techniques, "train", quickly(seen))
+    monkeypatch.setattr(part2, "train", quickly(seen))
     return seen
 
 
@@ -81,7 +90,7 @@ def test_a_kept_model_is_the_trained_one_and_the_random_stream_stays(trainings, 
     models, after = [], []
     for _ in range(2):
         torch.manual_seed(5), np.random.seed(5)
-        models.append(techniques.pretrained(0, folder=tmp_path / "new"))
+        models.append(part2.pretrained(0, folder=tmp_path / "new"))
         after.append((torch.rand(1).item(), np.random.rand()))
     torch.manual_seed(5), np.random.seed(5)
     assert after == [(torch.rand(1).item(), np.random.rand())] * 2
@@ -104,53 +113,53 @@ def test_a_kept_model_is_the_trained_one_and_the_random_stream_stays(trainings, 
     ids=["a bit of a weight", "a bit of the header", "truncated", "empty"],
 )
 def test_a_damaged_file_is_told_of_and_made_again(damage, trainings, tmp_path):
-    before = techniques.pretrained(0, folder=tmp_path)
+    before = part2.pretrained(0, folder=tmp_path)
     (path,) = tmp_path.iterdir()
     path.write_bytes(damage(path.read_bytes()))
     with pytest.warns(UserWarning, match="pre-training anew") as told:
-        again = techniques.pretrained(0, folder=tmp_path)
+        again = part2.pretrained(0, folder=tmp_path)
     assert len(told) == 1 and told[0].filename == __file__ and str(path) in str(told[0].message)
     assert same(again, before) and list(tmp_path.iterdir()) == [path] and len(trainings) == 2
-    assert same(techniques.pretrained(0, folder=tmp_path), before) and len(trainings) == 2
+    assert same(part2.pretrained(0, folder=tmp_path), before) and len(trainings) == 2
 
 
 @pytest.mark.parametrize(
     "owner, name, value",
     [
-        (techniques, "version", lambda name: "0.1"),
+        (part2, "version", lambda name: "0.1"),
         (torch, "get_num_threads", lambda: 99),
         (torch.backends.cpu, "get_cpu_capability", lambda: "other"),
-        (techniques.Path, "read_bytes", lambda path: b"other code"),
-        (techniques.os, "environ", {"MKL_CBWR": "other"}),
-        (techniques.os, "environ", {"ATEN_CPU_CAPABILITY": "other"}),
+        (part2.Path, "read_bytes", lambda path: b"other code"),
+        (part2.os, "environ", {"MKL_CBWR": "other"}),
+        (part2.os, "environ", {"ATEN_CPU_CAPABILITY": "other"}),
     ],
 )
 def test_whatever_the_weights_depend_on_leads_to_another_file(
     owner, name, value, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(techniques, "train", lambda *args, **options: None)
-    monkeypatch.setattr(techniques.os, "environ", {})
+    monkeypatch.setattr(part2, "train", lambda *args, **options: None)
+    monkeypatch.setattr(part2.os, "environ", {})
     for seed in (0, 1):
-        techniques.pretrained(seed, folder=tmp_path)
+        part2.pretrained(seed, folder=tmp_path)
     monkeypatch.setattr(owner, name, value)
-    techniques.pretrained(0, folder=tmp_path)
+    part2.pretrained(0, folder=tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_pre_training_learns_the_source_and_a_start_is_it_under_a_fresh_head(folder):
-    model, begin = techniques.pretrained(0, folder=folder), techniques.start(0, folder=folder)
-    for target in techniques.TARGETS:
+    model, begin = part2.pretrained(0, folder=folder), part2.start(0, folder=folder)
+    for target in part2.TARGETS:
         rows = samples(0, target)
         assert evaluate(model, *rows["source"]).accuracy > 0.95
         assert evaluate(model, *rows["test"]).accuracy < 0.75  # there is something to adapt to
     assert moved(begin, copied(model)) == ["head.weight", "head.bias"]
-    assert same(begin, techniques.start(0, folder=folder))
-    other = techniques.start(1, folder=folder)
+    assert same(begin, part2.start(0, folder=folder))
+    other = part2.start(1, folder=folder)
     assert not torch.equal(begin.head.weight, other.head.weight)
 
 
 def test_no_image_is_in_two_sets_and_targets_differ_in_the_shift_alone(monkeypatch):
-    monkeypatch.setitem(techniques.TARGETS, "raw", [])
+    monkeypatch.setitem(part2.TARGETS, "raw", [])
     raw, small = (samples(3, "raw", per_class=k) for k in (25, 4))
     sizes = {"source": 800, "few": 250, "validation": 200, "test": 497, "source test": 497}
     assert {name: len(y) for name, (_, y) in raw.items()} == sizes
@@ -184,7 +193,7 @@ def test_the_technique_and_the_head_are_trained_and_nothing_else(name, begin):
     everything = name in ("from scratch", "full fine-tuning", "LP-FT")
     assert trainable(model) == {n for n in plain if everything or plain[n] not in old}
     assert count_parameters(model).trainable == TRAINED[name] + 330
-    assert not moved(begin, before) and len(trainable(begin)) == 39 and not inject.adapters(begin)
+    assert not moved(begin, before) and len(trainable(begin)) == 39 and not surgery.adapters(begin)
     gap = (predict(model, X) - predict(begin, X)).abs().max()
     assert (gap < 1e-12) == (name not in ("prompt tuning", "prefix tuning"))
     assert same(model, prepare(begin, TECHNIQUES[name], seed=3))
@@ -201,7 +210,7 @@ def test_lora_plus_and_lp_ft_train_their_own_way_and_others_in_one_group(name, b
         calls.append((epochs, groups))
         return train(model, X, y, optimizer=optimizer, epochs=epochs)
 
-    for module in (techniques, strategies):
+    for module in (part2, strategies):
         monkeypatch.setattr(module, "train", spy)
     model = prepare(begin, TECHNIQUES[name])
     trained, before = trainable(model), copied(model)
@@ -228,18 +237,18 @@ def test_techniques_start_alike_and_scores_are_those_of_the_rows_asked_for(begin
         assert torch.equal(X, rows[score_on][0])
         return scores[-1]
 
-    monkeypatch.setattr(techniques, "prepare", prepared)
-    monkeypatch.setattr(techniques, "evaluate", scored)
+    monkeypatch.setattr(part2, "prepare", prepared)
+    monkeypatch.setattr(part2, "evaluate", scored)
     rates = {"LoRA": 1e-2, "from scratch": 3e-3, "linear probing": (1e-2, 1e-3), "LP-FT": (0.1,)}
     names = ["not adapted", "LoRA", "from scratch", "linear probing, 0.01"]
     rows = samples(0, "faint")
     for score_on in ("test", "validation"):
         scores.clear()
-        found = techniques.compare_techniques(0, rates=rates, score_on=score_on, **QUICK)
+        found = part2.compare_techniques(0, rates=rates, score_on=score_on, **QUICK)
         assert list(found) == [*names, "linear probing, 0.001", "LP-FT, 0.1", "margin"]
         assert found.pop("margin") == min(score.margin for score in scores)
         assert list(found.values()) == [100 * score.accuracy for score in scores]
-        assert scores[0] == evaluate(techniques.pretrained(0), *rows[score_on])
+        assert scores[0] == evaluate(part2.pretrained(0), *rows[score_on])
     assert [same(model, begin) for model in starts] == [True, False, True, True, True] * 2
     with reproducible(0):
         assert same(starts[1], TinyTransformer())
@@ -247,14 +256,14 @@ def test_techniques_start_alike_and_scores_are_those_of_the_rows_asked_for(begin
 
 def test_a_score_is_a_function_of_seed_rate_technique_and_setting_alone(begin):
     rates = {"LoRA": 1e-2, "VeRA": 1e-2, "from scratch": 1e-2}
-    first = techniques.compare_techniques(0, rates=rates, **QUICK)
+    first = part2.compare_techniques(0, rates=rates, **QUICK)
     torch.manual_seed(1)
-    assert techniques.compare_techniques(0, rates=dict(reversed(rates.items())), **QUICK) == first
-    assert techniques.compare_techniques(1, rates=rates, **QUICK) != first
+    assert part2.compare_techniques(0, rates=dict(reversed(rates.items())), **QUICK) == first
+    assert part2.compare_techniques(1, rates=rates, **QUICK) != first
     one = {"rates": {"mine": 1e-2}, "techniques": {"mine": TECHNIQUES["LoRA"]}}
-    assert techniques.compare_techniques(0, **one, **QUICK)["mine"] == first["LoRA"]
+    assert part2.compare_techniques(0, **one, **QUICK)["mine"] == first["LoRA"]
     for option in ({"epochs": 4}, {"per_class": 4}, {"target": "turned"}):
-        other = techniques.compare_techniques(0, **one, **QUICK | option)
+        other = part2.compare_techniques(0, **one, **QUICK | option)
         assert other["mine"] != first["LoRA"]
 
 
@@ -265,9 +274,9 @@ def test_rates_are_tried_on_validation_rows_and_averaged_over_seeds(monkeypatch)
         return found | {"b, 0.1": seed**2, "not adapted": 50.0, "margin": 0.1}
 
     table = {"techniques": {"a": None, "b": None}}
-    monkeypatch.setattr(techniques, "compare_techniques", planted)
+    monkeypatch.setattr(part2, "compare_techniques", planted)
     options = {"rates": [1e-3, 0.1], "workers": 1, "per_class": 7}
-    found = techniques.try_rates("turned", [1, 2, 6], **options, **table)
+    found = part2.try_rates("turned", [1, 2, 6], **options, **table)
     assert found == {"a": {1e-3: 0.003, 0.1: 0.3}, "b": {1e-3: 0.003, 0.1: round(41 / 3, 9)}}
 
 
@@ -316,36 +325,36 @@ def test_operations_count_attention(tokens, layers):
 def test_activation_bytes_are_exact_on_two_layers_and_none_below_a_probe():
     model, X, y = two_layers()
     hidden, logits = 7 * 5 * 8, 7 * 3 * 8 + 8  # log-softmax and its sum of weights
-    assert techniques.activation_bytes(model, X, y) == hidden + logits  # not the input
+    assert costs.activation_bytes(model, X, y) == hidden + logits  # not the input
     freeze(model[0])  # the hidden units are the head's input
-    assert techniques.activation_bytes(model, X, y) == hidden + logits
+    assert costs.activation_bytes(model, X, y) == hidden + logits
     freeze(model)
     unfreeze(model[2].bias)
-    assert techniques.activation_bytes(model, X, y) == logits
+    assert costs.activation_bytes(model, X, y) == logits
     model = nn.Sequential(nn.Unflatten(1, (3, 2)), nn.Linear(2, 5).double(), nn.Flatten())
-    assert techniques.activation_bytes(model, X, y) == 7 * 15 * 8 + 8  # nor a view of it
+    assert costs.activation_bytes(model, X, y) == 7 * 15 * 8 + 8  # nor a view of it
     with reproducible(0):
         probe = prepare(TinyTransformer(), TECHNIQUES["linear probing"])
         rows = torch.randn(9, 64), torch.arange(9)
-    assert techniques.activation_bytes(probe, *rows) == 9 * 32 * 8 + 9 * 10 * 8 + 8
+    assert costs.activation_bytes(probe, *rows) == 9 * 32 * 8 + 9 * 10 * 8 + 8
 
 
 def test_step_memory_counts_what_is_trained_apart_from_what_is_there():
     names = ["weights", "gradients", "optimiser state", "activations"]
-    assert techniques.step_memory(3, 100, 50) == dict(zip(names, (800, 24, 48, 50), strict=True))
-    found = techniques.step_memory(3, 100, 50, weight=2, gradient=1, state=12)
+    assert costs.step_memory(3, 100, 50) == dict(zip(names, (800, 24, 48, 50), strict=True))
+    found = costs.step_memory(3, 100, 50, weight=2, gradient=1, state=12)
     assert found == dict(zip(names, (200, 3, 36, 50), strict=True))
 
 
 def test_linear_weights_are_merged_and_the_model_stays(begin):
     model = prepare(begin, TECHNIQUES["LoRA"])
-    for adapter in inject.adapters(model).values():
+    for adapter in surgery.adapters(model).values():
         nn.init.normal_(adapter.lora_B)
-    before, found = copy.deepcopy(model), techniques.linear_weights(model)
+    before, found = copy.deepcopy(model), spectrum.linear_weights(model)
     assert same(model, before) and len(trainable(model)) == 26
     names = [f"{i}.attention.{name}" for i in range(2) for name in LINEAR[:4]]
     names += [f"{i}.feed_forward.{name}" for i in range(2) for name in LINEAR[4:]]
-    assert set(found) == set(names) == set(techniques.linear_weights(begin))
+    assert set(found) == set(names) == set(spectrum.linear_weights(begin))
     for name, W in found.items():
         adapter = model.blocks.get_submodule(name)
         expected = adapter.base.weight + 2 * adapter.lora_B @ adapter.lora_A
@@ -359,47 +368,47 @@ def test_intruders_are_the_planted_new_directions_among_the_strongest():
     old, new = U[:, :10], U[:, 10:]
     strengths = torch.arange(10, 0, -1).double()
     W0 = old * strengths @ V.T
-    assert techniques.intruders(W0, W0) == 0
+    assert spectrum.intruders(W0, W0) == 0
     for n in range(4):
         W = W0 + 50 * new[:, :n] @ V[:, 10 - n :].T
-        assert techniques.intruders(W, W0) == techniques.intruders(0.01 * W, 7 * W0) == n
-    assert techniques.intruders(W0 + 50 * torch.outer(old[:, 9], V[:, 9]), W0) == 0  # the last one
+        assert spectrum.intruders(W, W0) == spectrum.intruders(0.01 * W, 7 * W0) == n
+    assert spectrum.intruders(W0 + 50 * torch.outer(old[:, 9], V[:, 9]), W0) == 0  # the last one
     weak = (old * strengths)[:, :9] @ V[:, :9].T + 0.5 * new[:, :1] @ V[:, 9:].T  # the tenth
-    assert techniques.intruders(weak, W0) == 0 and techniques.intruders(weak, W0, k=10) == 1
+    assert spectrum.intruders(weak, W0) == 0 and spectrum.intruders(weak, W0, k=10) == 1
     for cosine, count in {0.59: 1, -0.59: 1, 0.61: 0, -0.61: 0}.items():
         mixed = cosine * old[:, 0] + (1 - cosine**2) ** 0.5 * new[:, 0]
         W = W0 + 20 * torch.outer(mixed, V[:, 0]) - 10 * torch.outer(old[:, 0], V[:, 0])
-        assert techniques.intruders(W, W0) == count
-        assert techniques.intruders(W, W0, threshold=0.5) == 0
+        assert spectrum.intruders(W, W0) == count
+        assert spectrum.intruders(W, W0, threshold=0.5) == 0
 
 
 def test_length_and_direction_of_rows_are_told_apart():
     W0 = torch.tensor([[3.0, 4.0], [0.0, 2.0], [1.0, 0.0]], dtype=torch.float64)
     scaled = torch.tensor([[2.0], [0.5], [1.0]]) * W0
-    assert techniques.magnitude_and_direction(scaled, W0) == pytest.approx((2, 0), abs=1e-12)
+    assert spectrum.magnitude_and_direction(scaled, W0) == pytest.approx((2, 0), abs=1e-12)
     for angle in (0.3, 3.0):
         c, s = np.cos(angle), np.sin(angle)
-        found = techniques.magnitude_and_direction(W0 @ torch.tensor([[c, s], [-s, c]]), W0)
+        found = spectrum.magnitude_and_direction(W0 @ torch.tensor([[c, s], [-s, c]]), W0)
         assert found == pytest.approx((0, 1 - c), abs=1e-12)
 
 
 def test_the_spectrum_of_an_update_has_share_size_and_intruders(begin, monkeypatch):
     rates = {"LoRA": 1e-2, "full fine-tuning": 1e-2}
-    found = techniques.update_spectrum(0, rates=rates, **QUICK)
+    found = spectrum.update_spectrum(0, rates=rates, **QUICK)
     assert list(found) == [f"{n}/{k}" for n in rates for k in ("share", "size", "intruders")]
     assert found["LoRA/share"] == pytest.approx(100) and found["LoRA/size"] > 1
     assert 50 < found["full fine-tuning/share"] < 99
-    assert techniques.update_spectrum(0, rates=rates, **QUICK) == found
+    assert spectrum.update_spectrum(0, rates=rates, **QUICK) == found
 
     def grown(model, rows, **options):
-        for name in techniques.linear_weights(model):
+        for name in spectrum.linear_weights(model):
             model.blocks.get_submodule(name).weight.data *= 1.25
 
-    monkeypatch.setattr(techniques, "fit", grown)
-    weights = techniques.linear_weights(begin).values()
+    monkeypatch.setattr(spectrum, "fit", grown)
+    weights = spectrum.linear_weights(begin).values()
     energies = [torch.linalg.svdvals(W) ** 2 for W in weights]
     share = np.mean([(100 * e[:4].sum() / e.sum()).item() for e in energies])
-    found = techniques.update_spectrum(0, rates={"full fine-tuning": 1e-2}, **QUICK)
+    found = spectrum.update_spectrum(0, rates={"full fine-tuning": 1e-2}, **QUICK)
     assert list(found.values()) == pytest.approx([share, 25, 0])
 
 
@@ -417,7 +426,7 @@ FACTS["LoRA+"] = FACTS["LoRA"]
 
 @pytest.mark.parametrize("name", FACTS)
 def test_a_demonstration_says_what_holds(name, begin):
-    model, history, facts = techniques.demonstrate(name, 0, lr=1e-2, **QUICK)
+    model, history, facts = part2.demonstrate(name, 0, lr=1e-2, **QUICK)
     modules, ends, count, changed, frozen, after = FACTS[name]
     assert facts == [
         f"Adapted: {modules} module{'s' * (modules != 1)} ({ends})",
@@ -428,7 +437,7 @@ def test_a_demonstration_says_what_holds(name, begin):
         f"After training: {after}",
         f"Test rows right: {evaluate(model, *samples(0, 'faint')['test']).correct} of 497",
     ]
-    assert len(history["loss"]) == 3 and len(inject.adapters(model)) == modules
+    assert len(history["loss"]) == 3 and len(surgery.adapters(model)) == modules
     trained = prepare(begin, TECHNIQUES[name], seed=0)
     fit(trained, samples(0, "faint")["few"], lr=1e-2, epochs=3, name=name)
     assert same(model, trained)
@@ -438,9 +447,9 @@ def test_a_demonstration_says_what_does_not_hold(begin, monkeypatch):
     def clumsy(model, rows, **options):
         model.blocks[0].attention.q_proj.base.weight.data += 1
 
-    monkeypatch.setattr(techniques, "fit", clumsy)
-    monkeypatch.setattr(inject, "merge", lambda model: model.head.bias.data.add_(1e-6))
-    _, _, facts = techniques.demonstrate("LoRA", 0, lr=1e-2, **QUICK)
+    monkeypatch.setattr(part2, "fit", clumsy)
+    monkeypatch.setattr(part2, "merge", lambda model: model.head.bias.data.add_(1e-6))
+    _, _, facts = part2.demonstrate("LoRA", 0, lr=1e-2, **QUICK)
     assert facts[3:6] == [
         "Frozen tensors that moved in 3 steps: 1 of 37",
         "Disabled, the base's outputs return exactly: False",

@@ -7,10 +7,18 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
 
-from helpers.freezing import freeze, param_groups, unfreeze
 from helpers.models import MLP
 from helpers.study import reproducible
-from helpers.training import cross_entropy, evaluate, extract_features, predict, train
+from helpers.training import (
+    cross_entropy,
+    evaluate,
+    extract_features,
+    freeze,
+    param_groups,
+    predict,
+    train,
+    unfreeze,
+)
 
 
 @pytest.fixture(autouse=True)

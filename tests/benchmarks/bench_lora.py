@@ -20,9 +20,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.optim import AdamW
 
-from helpers.freezing import freeze
-from helpers.inject import inject_lora, merge
 from helpers.models import Block
+from helpers.peft import inject_lora, merge
+from helpers.training import freeze
 
 ALL = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 TARGETS = {"q,v": ["q_proj", "v_proj"], "all linears": ALL}

@@ -15,9 +15,8 @@ import torch
 from bench_lora import ALL, encoder, interleaved, ratio
 from torch import nn
 
-from helpers.combine import MixedBatch
-from helpers.freezing import freeze
-from helpers.inject import inject_lora
+from helpers.peft import MixedBatch, inject_lora
+from helpers.training import freeze
 
 ROWS, TOKENS = 64, 32
 

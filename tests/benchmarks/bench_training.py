@@ -18,17 +18,15 @@ from joblib import cpu_count
 from torch.optim import Adam
 
 from helpers.data import published_task
-from helpers.experiments import published_protocol
-from helpers.freezing import freeze, unfreeze
 from helpers.models import MLP
-from helpers.strategies import linear_probe
 from helpers.study import run_seeds
-from helpers.training import train
+from helpers.study.part1 import published_protocol
+from helpers.training import freeze, linear_probe, train, unfreeze
 
 SEEDS, ROUNDS = 8, 5
 LOOP = f"""
 import time
-from helpers.experiments import published_protocol
+from helpers.study.part1 import published_protocol
 published_protocol(0)
 start = time.perf_counter()
 for seed in range({SEEDS}):

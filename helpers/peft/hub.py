@@ -1,7 +1,6 @@
-"""What was trained, as a small file: our own, exact and tied to its base, or a folder of peft's."""
+"""A folder of Hugging Face's peft, written and read."""
 
 import copy
-import hashlib
 import json
 import math
 import re
@@ -9,12 +8,14 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import nn
 
-from helpers import files, layers
-from helpers.inject import adapters, replace
+from helpers import files
+from helpers.peft.base import check_linear, is_conv1d
+from helpers.peft.files import _compare, _is_own, _packed, _read
+from helpers.peft.layers import IA3, OFT, PrefixTuning, PromptTuning, Tuned
+from helpers.peft.lora import DoRA, LoRA, Projection, VeRA
+from helpers.peft.surgery import adapters, replace
 
 # Settings in an adapter_config.json that may be left out, with peft's defaults
 DEFAULTS = {
@@ -24,73 +25,17 @@ DEFAULTS = {
     "OFT": dict(oft_block_size=32, use_cayley_neumann=True),
     "LN_TUNING": {},
 }
+
 # Fields that name modules, and fields that change no output: they describe, tell how the values
 # that are overwritten were drawn, or add to a field that is refused
 NAMING = ("target_modules", "exclude_modules", "modules_to_save", "feedforward_modules")
+
 IDLE = (
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
     *("revision", "inference_mode", "init_lora_weights", "init_weights", "init_ia3_weights"),
     *("projection_prng_key", "megatron_core", "qalora_group_size", "runtime_config", "eps"),
     "num_cayley_neumann_terms",
 )
-
-
-def save_trainable(model, path):
-    """Write what was trained, and nothing else, to a safetensors file.
-
-    That is every trainable parameter, all that an adapter adds (such as VeRA's frozen projection),
-    and the buffers of modules with trainable parameters of their own. The file also holds the
-    adapters' settings and a digest of these tensors and one of the frozen base. A crash or a full
-    disk leaves the file that was there before.
-
-    Parameters
-    ----------
-    model : nn.Module
-    path : str or Path
-
-    Raises
-    ------
-    ValueError
-        If nothing is trainable.
-    """
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError(f"nothing to save: every parameter of {type(model).__name__} is frozen")
-    held, base = _split(model)
-    found = {n: {"method": type(a).__name__, **a.settings} for n, a in adapters(model).items()}
-    files.write(path, _packed(held, base=_digest(base), adapters=json.dumps(found)))
-
-
-@torch.no_grad()
-def load_trainable(model, path):
-    """Copy what `save_trainable` wrote into a model, bit for bit.
-
-    Everything is checked before anything changes.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The same base with the same adapters and the same unfrozen parts, on any device. Only the
-        adapters' dropout may differ.
-    path : str or Path
-
-    Raises
-    ------
-    ValueError
-        If the file is damaged or not ours, or belongs to other adapters, parts or weights.
-    """
-    tensors, notes = _read(path)
-    if not {"digest", "base", "adapters"} <= notes.keys():
-        raise ValueError(f"{path} was not written by save_trainable: its metadata are not there")
-    there = {name: _shown(**settings) for name, settings in json.loads(notes["adapters"]).items()}
-    here = {n: _shown(type(a).__name__, **a.settings) for n, a in adapters(model).items()}
-    _compare(path, there, here, "not adapted", "inject what was saved")
-    held, base = _split(model)
-    sides = ({n: f"{t.dtype} {tuple(t.shape)}" for n, t in d.items()} for d in (tensors, held))
-    _compare(path, *sides, "not trained", "unfreeze what was trained, no more, before loading")
-    if notes["base"] != _digest(base):
-        raise ValueError(f"{path} belongs to another base: this model's frozen weights differ")
-    for name, t in tensors.items():
-        held[name].copy_(t)
 
 
 @torch.no_grad()
@@ -101,8 +46,8 @@ def save_peft(model, folder):
     equal LoRA of rank 2r, s [B, -B0] [A; A0], whose dropout also acts on the input of A0. Modules
     that are trained outside the adapters, such as a head, go whole.
 
-    On a base that `helpers.inject.quantize_layers` changed, the folder belongs to that base after
-    `helpers.inject.dequantize_layers`, not to the original weights: what A and B learned makes up
+    On a base that `helpers.peft.quantize_layers` changed, the folder belongs to that base after
+    `helpers.peft.dequantize_layers`, not to the original weights: what A and B learned makes up
     for rounding, too, and LoftQ's start is made of it.
 
     Parameters
@@ -202,95 +147,32 @@ def load_peft(model, folder):
     return list(adapters(model))
 
 
-def _split(model):
-    """Return the tensors that a file holds, and those of the base under their plain names."""
-    found = sorted(adapters(model), key=len, reverse=True)  # an inner one before its outer one
-    lasting, held, base = model.state_dict(keep_vars=True), {}, {}
-    for name, t in [*model.named_parameters(), *model.named_buffers()]:
-        owner = model.get_submodule(name.rpartition(".")[0])
-        trained = any(p.requires_grad for p in owner.parameters(recurse=False))
-        if t.requires_grad or _is_own(name, found) or (trained and not isinstance(t, nn.Parameter)):
-            held[name] = t
-        elif name in lasting:
-            for adapter in found:
-                if name.startswith(f"{adapter}.base."):
-                    name = adapter + name.removeprefix(f"{adapter}.base")
-            base[name] = t
-    return {name: t for name, t in held.items() if name in lasting}, base
-
-
-def _is_own(name, found):
-    """Whether a tensor is an adapter's own and not its base's."""
-    return any(name.startswith(f"{a}.") and not name.startswith(f"{a}.base.") for a in found)
-
-
-def _shown(method, dropout=None, **settings):
-    return f"{method}({', '.join(f'{key}={value}' for key, value in settings.items())})"
-
-
-def _compare(path, there, here, lack, cure):
-    """Refuse the first name whose description in the file is not the model's."""
-    for name in here | there:
-        a, b = there.get(name, lack), here.get(name, lack)
-        if a != b:
-            raise ValueError(f"{name!r} is {a} in {path}, but {b} in the model: {cure}")
-
-
-def _digest(tensors, **notes):
-    sha = hashlib.sha256(json.dumps(notes, sort_keys=True).encode())
-    for name in sorted(tensors):
-        t = tensors[name].detach().cpu().contiguous()
-        sha.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
-        sha.update(t.flatten().view(torch.uint8).numpy())
-    return sha.hexdigest()
-
-
-def _packed(tensors, **notes):
-    """Return a safetensors file that holds the digest of its contents."""
-    tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-    notes |= {"format": "pt"}
-    return save(tensors, notes | {"digest": _digest(tensors, **notes)})
-
-
-def _read(path):
-    try:
-        with safe_open(path, "pt") as file:
-            notes = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from None
-    signed = {key: note for key, note in notes.items() if key != "digest"}
-    if notes.keys() & {"digest", "config"} and notes.get("digest") != _digest(tensors, **signed):
-        raise ValueError(f"{path} is damaged: its digest is that of other contents")
-    return tensors, notes
-
-
 def _in_peft(name, a):
     """Return an adapter's fields of peft's config and its tensors, which are views if they can."""
     s, why = a.settings, "peft has no such layer"
-    if isinstance(a, layers.LoRA):
+    if isinstance(a, LoRA):
         A, B, r, alpha = a.lora_A, a.lora_B, s["r"], s["lora_alpha"]
         if s["init"] == "pissa":
             A, B, r = torch.cat([A, a.start_A]), torch.cat([B, -a.start_B], 1), 2 * r
             alpha *= math.sqrt(2) if s["rslora"] else 2  # the same s
         fields = dict(peft_type="LORA", r=r, lora_alpha=alpha, lora_dropout=s["dropout"])
-        fields |= dict(use_rslora=s["rslora"], use_dora=isinstance(a, layers.DoRA), bias="none")
+        fields |= dict(use_rslora=s["rslora"], use_dora=isinstance(a, DoRA), bias="none")
         magnitude = {"lora_magnitude_vector": a.magnitude} if fields["use_dora"] else {}
         return fields, {"lora_A.weight": A, "lora_B.weight": B} | magnitude
-    if isinstance(a, layers.VeRA):
+    if isinstance(a, VeRA):
         fields = dict(peft_type="VERA", **s, vera_dropout=0.0, bias="none", save_projection=True)
         return fields, {"vera_lambda_b": a.lambda_b, "vera_lambda_d": a.lambda_d}
-    if isinstance(a, layers.IA3):
+    if isinstance(a, IA3):
         shape = (1, -1) if s["feedforward"] else (-1, 1)
         return dict(peft_type="IA3"), {"ia3_l": a.ia3_l.view(shape)}
-    if isinstance(a, layers.OFT) and not layers.is_conv1d(a.base):
+    if isinstance(a, OFT) and not is_conv1d(a.base):
         fields = dict(peft_type="OFT", r=0, oft_block_size=s["block_size"], bias="none")
         fields |= dict(use_cayley_neumann=False, module_dropout=0.0)
         return fields, {"oft_R.weight": a.oft_R}
-    if isinstance(a, layers.Tuned) and set(s["names"]) == set(a.base.state_dict()):
+    if isinstance(a, Tuned) and set(s["names"]) == set(a.base.state_dict()):
         tensors = {f"ln_tuning_layers.{key}": p for key, p in a.tuned().items()}
         return dict(peft_type="LN_TUNING"), tensors
-    if isinstance(a, layers.PromptTuning | layers.PrefixTuning):
+    if isinstance(a, PromptTuning | PrefixTuning):
         why = "peft has it in a wrapper for models of transformers, not in a layer"
     raise ValueError(f"{name!r} is a {type(a).__name__} of a {type(a.base).__name__}: {why}")
 
@@ -305,7 +187,7 @@ def _config(model):
                 f"{name!r} is {other}, {first!r} {fields}: peft's folder has one setting"
             )
     if fields["peft_type"] in ("LORA", "VERA", "IA3"):
-        fields["fan_in_fan_out"] = any(layers.is_conv1d(a.base) for a in found.values())
+        fields["fan_in_fan_out"] = any(is_conv1d(a.base) for a in found.values())
     return fields
 
 
@@ -314,7 +196,7 @@ def _layout(model, copied):
     out = {}
     for name, a in adapters(model).items():
         out |= {f"base_model.model.{name}.{key}": t for key, t in _in_peft(name, a)[1].items()}
-        if isinstance(a, layers.VeRA):
+        if isinstance(a, VeRA):
             if out.setdefault("base_model.vera_A", a.projection.A) is not a.projection.A:
                 raise ValueError(f"{name!r} was injected apart, and peft's VeRA has one projection")
             out["base_model.vera_B"] = a.projection.B
@@ -392,32 +274,32 @@ def _install(model, config):
         raise ValueError(f"target_modules={config['target_modules']!r} fits no layer")
     shared = {b for name, b in found.items() if _fits(config["feedforward_modules"], name, dot="")}
     if config["peft_type"] == "VERA":
-        d_in, d_out = map(max, zip(*map(layers.check_linear, found.values()), strict=True))
+        d_in, d_out = map(max, zip(*map(check_linear, found.values()), strict=True))
         like = next(iter(found.values())).weight
         A, B = like.new_empty(config["r"], d_in), like.new_empty(d_out, config["r"])
-        shared = layers.Projection(A, B)
+        shared = Projection(A, B)
     replace(model, found, lambda base: _adapter(base, config, shared))
     return _copied(modules, config["modules_to_save"])
 
 
 def _adapter(base, config, shared):
     if config["peft_type"] == "LORA":
-        method = layers.DoRA if config["use_dora"] else layers.LoRA
+        method = DoRA if config["use_dora"] else LoRA
         options = dict(rslora=config["use_rslora"], dropout=config["lora_dropout"])
         options |= dict(generator=torch.Generator())  # torch's global stream stays as it was
         return method(base, config["r"], config["lora_alpha"], **options)
     if config["peft_type"] == "VERA":
-        return layers.VeRA(base, shared, d_initial=config["d_initial"])
+        return VeRA(base, shared, d_initial=config["d_initial"])
     if config["peft_type"] == "IA3":
-        return layers.IA3(base, feedforward=base in shared)
+        return IA3(base, feedforward=base in shared)
     if config["peft_type"] == "OFT":
-        return layers.OFT(base, config["oft_block_size"])
-    return layers.Tuned(base, [name for name, _ in base.named_parameters()])
+        return OFT(base, config["oft_block_size"])
+    return Tuned(base, [name for name, _ in base.named_parameters()])
 
 
 def _check_settings(config, model):
     """Refuse a field that asks for another computation than that of the model's adapters."""
-    ours, conv1d = _config(model), {layers.is_conv1d(a.base) for a in adapters(model).values()}
+    ours, conv1d = _config(model), {is_conv1d(a.base) for a in adapters(model).values()}
     for field, value in config.items():
         unset = value is None or value is False or value in ("", [], {})
         same = value == ours[field] if field in ours else unset or field in (*NAMING, *IDLE)

@@ -12,25 +12,51 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.optim import Adam
-from torch.utils import flop_counter
 
-from helpers import inject
-from helpers.checkpoint import load_trainable, save_trainable
 from helpers.data import digits, few_per_class, shift_digits
-from helpers.experiments import percent
-from helpers.freezing import count_parameters, freeze, param_groups, unfreeze
-from helpers.layers import Adapter
 from helpers.models import TinyTransformer, with_fresh_head
-from helpers.strategies import lp_ft
-from helpers.study import reproducible, run_seeds
-from helpers.training import cross_entropy, evaluate, predict, saved_bytes, train
+from helpers.peft import (
+    Adapter,
+    adapters,
+    adapters_disabled,
+    inject_adapter,
+    inject_bitfit,
+    inject_dora,
+    inject_ia3,
+    inject_layer_norm,
+    inject_lora,
+    inject_oft,
+    inject_prefix,
+    inject_prompt,
+    inject_vera,
+    load_trainable,
+    merge,
+    save_trainable,
+)
+from helpers.study.seeds import percent, reproducible, run_seeds, stream
+from helpers.training import (
+    count_parameters,
+    evaluate,
+    freeze,
+    lp_ft,
+    param_groups,
+    predict,
+    train,
+    unfreeze,
+)
 
-CACHE = Path(__file__).parent.parent / "build" / "pretrained"
+HELPERS = Path(__file__).parent.parent
+CACHE = HELPERS.parent / "build" / "pretrained"
+
 LINEAR = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+
 DRIFT = 1e-8  # logits of two processors differ by less in these studies: 8e-9 was measured
+
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # validation rows decide which of these a technique gets
+
 # At the last rate these are so unstable that rounding grows until processors disagree
 UNSTABLE = ("from scratch", "full fine-tuning", "LoRA", "PiSSA", "DoRA")
+
 TARGETS = {  # what the target images went through, in order: kind and strength of `shift_digits`
     "faint": [("contrast", 0.3), ("noise", 0.1)],
     "turned": [("rotation", 90.0)],
@@ -72,28 +98,29 @@ def technique(function, *targets, **options):
 
 
 LORA = {"r": 4, "lora_alpha": 8}
+
 TECHNIQUES = {
     "from scratch": _everything,
     "full fine-tuning": _everything,
     "LP-FT": _everything,
     "linear probing": _nothing,
-    "BitFit": technique(inject.inject_bitfit),
-    "LayerNorm tuning": technique(inject.inject_layer_norm),
-    "LoRA on q, v": technique(inject.inject_lora, "q_proj", "v_proj", **LORA),
-    "LoRA": technique(inject.inject_lora, *LINEAR, **LORA),
-    "LoRA+": technique(inject.inject_lora, *LINEAR, **LORA),
-    "PiSSA": technique(inject.inject_lora, *LINEAR, **LORA, init="pissa"),
-    "DoRA": technique(inject.inject_dora, *LINEAR, **LORA),
-    "VeRA": technique(inject.inject_vera, *LINEAR, r=16),
-    "OFT": technique(inject.inject_oft, *LINEAR, block_size=8),
-    "adapters, Houlsby": technique(inject.inject_adapter, "out_proj", "fc2", reduction_factor=8),
-    "adapters, Pfeiffer": technique(inject.inject_adapter, "fc2", reduction_factor=4),
+    "BitFit": technique(inject_bitfit),
+    "LayerNorm tuning": technique(inject_layer_norm),
+    "LoRA on q, v": technique(inject_lora, "q_proj", "v_proj", **LORA),
+    "LoRA": technique(inject_lora, *LINEAR, **LORA),
+    "LoRA+": technique(inject_lora, *LINEAR, **LORA),
+    "PiSSA": technique(inject_lora, *LINEAR, **LORA, init="pissa"),
+    "DoRA": technique(inject_dora, *LINEAR, **LORA),
+    "VeRA": technique(inject_vera, *LINEAR, r=16),
+    "OFT": technique(inject_oft, *LINEAR, block_size=8),
+    "adapters, Houlsby": technique(inject_adapter, "out_proj", "fc2", reduction_factor=8),
+    "adapters, Pfeiffer": technique(inject_adapter, "fc2", reduction_factor=4),
     "adapters, parallel": technique(
-        inject.inject_adapter, "feed_forward", reduction_factor=4, parallel=True
+        inject_adapter, "feed_forward", reduction_factor=4, parallel=True
     ),
-    "(IA)3": technique(inject.inject_ia3, "k_proj", "v_proj", feedforward=["fc2"]),
-    "prompt tuning": technique(inject.inject_prompt, "embed", num_virtual_tokens=4),
-    "prefix tuning": technique(inject.inject_prefix, "attention", num_virtual_tokens=4),
+    "(IA)3": technique(inject_ia3, "k_proj", "v_proj", feedforward=["fc2"]),
+    "prompt tuning": technique(inject_prompt, "embed", num_virtual_tokens=4),
+    "prefix tuning": technique(inject_prefix, "attention", num_virtual_tokens=4),
 }
 
 
@@ -147,7 +174,7 @@ def pretrained(seed, *, folder=CACHE):
     TinyTransformer
         In float64.
     """
-    sources = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+    sources = [path.read_bytes() for path in sorted(HELPERS.rglob("*.py"))]
     pins = ("ATEN_CPU_CAPABILITY", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA")
     setting = [os.environ.get(name) for name in pins]
     machine = [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), *setting]
@@ -322,187 +349,6 @@ def try_rates(target, seeds, *, techniques=TECHNIQUES, rates=RATES, workers=None
     }
 
 
-def operations(model, X, y):
-    """Count the floating-point operations of one training step's forward and backward pass.
-
-    Matrix products and attention are counted, a multiplication and an addition as two. Element-wise
-    work, the optimiser's step and the small matrices that OFT inverts are left out.
-
-    Parameters
-    ----------
-    model : nn.Module
-    X : Tensor of shape (n, ...)
-    y : int64 Tensor of shape (n,)
-
-    Returns
-    -------
-    int
-    """
-    aten = torch.ops.aten
-    more = {  # operators that torch's own list leaves out, and those that they count like
-        aten.addmm_: flop_counter.addmm_flop,
-        aten._scaled_dot_product_flash_attention_for_cpu: flop_counter.sdpa_flop,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_counter.sdpa_backward_flop,
-    }
-    more = {operator: formula.__wrapped__ for operator, formula in more.items()}
-    counter = flop_counter.FlopCounterMode(display=False, custom_mapping=more)
-    with counter:
-        cross_entropy(model, X, y).backward()
-    model.zero_grad()
-    return counter.get_total_flops()
-
-
-def activation_bytes(model, X, y):
-    """Measure what a forward pass keeps for the backward pass, parameters and input left out.
-
-    Parameters
-    ----------
-    model : nn.Module
-    X : Tensor of shape (n, ...)
-    y : int64 Tensor of shape (n,)
-
-    Returns
-    -------
-    int
-        Bytes, each storage counted once.
-    """
-    given = [*model.parameters(), *model.buffers(), X, y]
-    return saved_bytes(lambda: cross_entropy(model, X, y), given=given)
-
-
-def step_memory(trainable, total, activations, *, weight=8, gradient=8, state=16):
-    """Return the memory of a training step, by what it is for.
-
-    Parameters
-    ----------
-    trainable, total : int
-        Parameters.
-    activations : int
-        Bytes kept for the backward pass.
-    weight, gradient, state : int
-        Bytes of each weight, of each trained weight's gradient and of its optimiser state; the
-        defaults are those of Adam in float64: two moments.
-
-    Returns
-    -------
-    dict of str to int
-        Bytes.
-    """
-    return {
-        "weights": weight * total,
-        "gradients": gradient * trainable,
-        "optimiser state": state * trainable,
-        "activations": activations,
-    }
-
-
-def linear_weights(model):
-    """Return the effective weights of a transformer's linear layers in its blocks, adapters merged.
-
-    Parameters
-    ----------
-    model : TinyTransformer
-
-    Returns
-    -------
-    dict of str to Tensor of shape (out, in)
-    """
-    model = copy.deepcopy(model)
-    inject.merge(model)
-    return {
-        name: module.weight.detach()
-        for name, module in model.blocks.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    }
-
-
-def intruders(W, W0, *, k=8, threshold=0.6):
-    """Count intruder dimensions: new directions among the strongest of a trained weight.
-
-    Of W's `k` leading left singular vectors, those whose cosine with every one of W0's is below
-    `threshold` in absolute value.
-
-    Parameters
-    ----------
-    W, W0 : Tensor of shape (out, in)
-        The trained and the pre-trained weight.
-    k : int, default=8
-    threshold : float, default=0.6
-
-    Returns
-    -------
-    int
-
-    References
-    ----------
-    Shuttleworth et al. (2024), section 3, arXiv:2410.21228.
-    """
-    U, U0 = (torch.linalg.svd(M, full_matrices=False).U for M in (W, W0))
-    return int(((U[:, :k].T @ U0).abs().amax(1) < threshold).sum())
-
-
-def magnitude_and_direction(W, W0):
-    """Return how far rows changed in length and in direction, as means over the rows.
-
-    Parameters
-    ----------
-    W, W0 : Tensor of shape (out, in)
-
-    Returns
-    -------
-    magnitude : float
-        Mean of | ||w|| - ||w0|| |.
-    direction : float
-        Mean of 1 - cos(w, w0).
-
-    References
-    ----------
-    Liu et al. (2024), section 3.2, arXiv:2402.09353.
-    """
-    magnitude = (W.norm(dim=1) - W0.norm(dim=1)).abs().mean()
-    direction = (1 - torch.cosine_similarity(W, W0, dim=1)).mean()
-    return float(magnitude), float(direction)
-
-
-def update_spectrum(seed, *, target, rates, per_class=10, epochs=40):
-    """Train techniques and look at what they did to the weights of the blocks.
-
-    Parameters
-    ----------
-    seed : int
-    target : str
-        A key of `TARGETS`.
-    rates : dict of str to float
-        Learning rate of each technique; each must be mergeable.
-    per_class, epochs : int
-        As in `samples` and `fit`.
-
-    Returns
-    -------
-    dict of str to float
-        Means over the weight matrices: "technique/share", the percentage of the update's squared
-        singular values that the four largest hold; "technique/size", its Frobenius norm in percent
-        of the weight's; "technique/intruders" among the eight leading directions.
-    """
-    rows, transferred = samples(seed, target, per_class=per_class), start(seed)
-    before, found = linear_weights(transferred), {}
-    for name, lr in rates.items():
-        _check_transferred(name)
-        model = prepare(transferred, TECHNIQUES[name], seed=seed)
-        fit(model, rows["few"], lr=lr, epochs=epochs, name=name)
-        after, looks = linear_weights(model), []
-        for layer, W0 in before.items():
-            energy = torch.linalg.svdvals(after[layer] - W0) ** 2
-            if not energy.sum() > 0:
-                raise ValueError(f"{name!r} leaves {layer!r} as it is: it has no update to look at")
-            size = (energy.sum() / (W0**2).sum()).sqrt()
-            looks.append((energy[:4].sum() / energy.sum(), size, intruders(after[layer], W0)))
-        share, size, count = np.mean(looks, axis=0)
-        found |= {f"{name}/share": 100 * share, f"{name}/size": 100 * size}
-        found[f"{name}/intruders"] = count
-    return found
-
-
 def demonstrate(name, seed, *, target, lr, epochs=40, per_class=10):
     """Inject one technique, train it, and check what it promises.
 
@@ -529,8 +375,8 @@ def demonstrate(name, seed, *, target, lr, epochs=40, per_class=10):
     rows, begin = samples(seed, target, per_class=per_class), start(seed)
     X, _ = rows["few"]
     model = prepare(begin, TECHNIQUES[name], seed=seed)
-    n = len(inject.adapters(model))
-    ends = ", ".join(dict.fromkeys(n.rpartition(".")[2] for n in inject.adapters(model)))
+    n = len(adapters(model))
+    ends = ", ".join(dict.fromkeys(n.rpartition(".")[2] for n in adapters(model)))
     counted = count_parameters(model)
     gap = float((predict(model, X) - predict(begin, X)).abs().max())
     before = copy.deepcopy(model)
@@ -540,11 +386,11 @@ def demonstrate(name, seed, *, target, lr, epochs=40, per_class=10):
     then, now = before.state_dict(), model.state_dict()
     moved = sum(not torch.equal(now[k], then[k]) for k in frozen)
     logits = predict(model, X)
-    with inject.adapters_disabled(model):
+    with adapters_disabled(model):
         off = torch.equal(predict(model, X), _with_head(begin, model, X))
     merged = copy.deepcopy(model)
     try:
-        inject.merge(merged)
+        merge(merged)
         plain = not any(True for m in merged.modules() if isinstance(m, Adapter))
         same = float((predict(merged, X) - logits).abs().max()) < 1e-10
         told = f"merged into plain layers: {plain}, same outputs: {same}"
@@ -564,22 +410,6 @@ def demonstrate(name, seed, *, target, lr, epochs=40, per_class=10):
             f"Test rows right: {evaluate(model, *rows['test']).correct} of {len(rows['test'][1])}",
         ],
     )
-
-
-def stream(seed, purpose):
-    """Return a seed of its own for each purpose: equal streams would make equal numbers.
-
-    Parameters
-    ----------
-    seed : int
-    purpose : str
-
-    Returns
-    -------
-    int
-    """
-    entropy = [seed, *purpose.encode()]
-    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
 def _check_transferred(name):

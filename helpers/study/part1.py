@@ -8,22 +8,34 @@ import torch
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from torch.optim import Adam
 
-from helpers import domain
 from helpers.data import digits, few_per_class, published_task, shift_digits, shifted_domain
-from helpers.freezing import param_groups
-from helpers.models import MLP, stages, with_fresh_head
-from helpers.strategies import (
+from helpers.models import stages, with_fresh_head
+from helpers.models.mlp import MLP
+from helpers.study.seeds import percent, reproducible, run_seeds
+from helpers.training import (
     adapt,
+    coral,
+    cross_entropy,
+    density_ratio,
+    evaluate,
+    extract_features,
     feature_extraction,
     fine_tune,
     gradual_unfreezing,
+    information_maximization,
     l2_sp,
+    label_ratio,
     linear_probe,
     lp_ft,
+    match_statistics,
+    mmd_loss,
+    param_groups,
+    predict,
     pretrain,
+    score,
+    train,
+    weighted_cross_entropy,
 )
-from helpers.study import reproducible, run_seeds
-from helpers.training import cross_entropy, evaluate, extract_features, predict, score, train
 
 
 def published_protocol(seed, *, labels=20, shift_scale=1.5, **settings):
@@ -116,7 +128,7 @@ def source_model(start, X, y, *, weights=None):
     MLP
     """
     model = copy.deepcopy(start)
-    loss = cross_entropy if weights is None else domain.weighted_cross_entropy(weights)
+    loss = cross_entropy if weights is None else weighted_cross_entropy(weights)
     optimizer = Adam(model.parameters(), lr=1e-2, fused=True)
     train(model, X, y, optimizer=optimizer, epochs=100, loss=loss)
     return model
@@ -125,6 +137,7 @@ def source_model(start, X, y, *, weights=None):
 # Validation rows decide which of these a method gets. At 0.1 training is so unstable that rounding
 # grows until processors disagree on accuracies.
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+
 TARGETS = {  # what the target images went through: kind and strength of `shift_digits`
     "noisy": ("noise", 0.3),
     "inverted": ("inversion", 0.0),
@@ -212,6 +225,7 @@ def forgetting(seed, *, per_class=20):
 
 
 BUDGETS = (1, 3, 10, 30, 50)  # labelled target images of each digit
+
 METHODS = {"from scratch": full_fine_tuning, "fine-tuning": full_fine_tuning} | {
     name: FORGETTING[name] for name in ("linear probing", "LP-FT")
 }
@@ -307,11 +321,11 @@ def adaptation(seed, *, shift):
         fresh = MLP(64, n_classes=10)
         base = source_model(fresh, *source)
         guess = [predict(base, X).argmax(-1) for X in (held_out[0], pool[0])]
-        of_class = domain.label_ratio(guess[0], held_out[1], guess[1], n_classes=10)
-        like_source = partial(domain.match_statistics, X_target=pool[0], X_source=source[0])
+        of_class = label_ratio(guess[0], held_out[1], guess[1], n_classes=10)
+        like_source = partial(match_statistics, X_target=pool[0], X_source=source[0])
         as_is = torch.Tensor.clone
-        recoloured = domain.coral(source[0], pool[0], ridge=0.1), source[1]
-        of_row = domain.density_ratio(source[0], pool[0])
+        recoloured = coral(source[0], pool[0], ridge=0.1), source[1]
+        of_row = density_ratio(source[0], pool[0])
         candidates = {  # a model, and what happens to target images before it reads them
             "source only": (base, as_is),
             "target statistics": (base, like_source),
@@ -321,7 +335,7 @@ def adaptation(seed, *, shift):
         }
         for weight in (0.3, 3.0):
             model = copy.deepcopy(base)
-            loss = domain.mmd_loss(pool[0][:128], weight=weight)
+            loss = mmd_loss(pool[0][:128], weight=weight)
             optimizer = Adam(model.parameters(), lr=1e-3, fused=True)
             train(model, *source, optimizer=optimizer, epochs=15, batch_size=128, loss=loss)
             candidates[f"MMD, weight {weight:g}"] = model, as_is
@@ -330,7 +344,7 @@ def adaptation(seed, *, shift):
             for name, (model, view) in candidates.items()
         }
         logits = {name: predict(model, view(pool[0])) for name, (model, view) in candidates.items()}
-        unseen = max(logits, key=lambda name: domain.information_maximization(logits[name]))
+        unseen = max(logits, key=lambda name: information_maximization(logits[name]))
         peeked = {name: score(logits[name], pool[1]) for name in logits}
         seen = max(peeked, key=lambda name: peeked[name].correct)
         scores |= {"chosen without labels": scores[unseen], "chosen by the oracle": scores[seen]}
@@ -360,21 +374,3 @@ def _shifted(rows, name, rng):
     }
     kind, strength = (TARGETS | others)[name]
     return shift_digits(X, kind, strength=strength, rng=rng), y
-
-
-def percent(scores, *others):
-    """Return accuracies in percent, and the closest decision behind these and other scores.
-
-    Parameters
-    ----------
-    scores : dict of str to helpers.training.Score
-    *others : helpers.training.Score
-        Behind a choice that was made on the way.
-
-    Returns
-    -------
-    dict of str to float
-        With the smallest margin as "margin".
-    """
-    margin = min(s.margin for s in (*scores.values(), *others))
-    return {name: 100 * s.accuracy for name, s in scores.items()} | {"margin": margin}

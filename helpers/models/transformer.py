@@ -1,42 +1,8 @@
-"""Two models small enough to read, their stages from bottom to top, and fresh heads."""
-
-import copy
+"""A transformer encoder whose every projection is a layer that is called."""
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-
-
-class MLP(nn.Module):
-    """logits = head(backbone(x)), the base model of the series.
-
-    The backbone holds three linear layers, each followed by a ReLU:
-    ``in_features -> hidden -> hidden -> n_features``; the head is one linear layer.
-    Initial weights come from torch's global random stream, as in `torch.nn.Linear`.
-
-    Parameters
-    ----------
-    in_features : int, default=20
-    hidden : int, default=64
-    n_features : int, default=32
-        Width of what the backbone hands to the head.
-    n_classes : int, default=4
-    """
-
-    def __init__(self, in_features=20, *, hidden=64, n_features=32, n_classes=4):
-        super().__init__()
-        self.backbone = nn.Sequential(
-            nn.Linear(in_features, hidden),
-            nn.ReLU(),
-            nn.Linear(hidden, hidden),
-            nn.ReLU(),
-            nn.Linear(hidden, n_features),
-            nn.ReLU(),
-        )
-        self.head = nn.Linear(n_features, n_classes)
-
-    def forward(self, x):
-        return self.head(self.backbone(x))  # (B, in_features) -> (B, n_features) -> (B, n_classes)
 
 
 class Attention(nn.Module):
@@ -169,59 +135,3 @@ class TinyTransformer(nn.Module):
         for block in self.blocks:
             h = block(h)
         return self.head(self.norm(h)[:, -self.n_tokens :].mean(1))  # (B, d) -> (B, n_classes)
-
-
-def stages(model):
-    """Return the parts of `model` that freezing goes by, bottom to top.
-
-    Parameters
-    ----------
-    model : nn.Module
-        An `MLP`, a `TinyTransformer`, or any model of whose direct children (a `Sequential` or
-        `ModuleList` child counts as its own children) each is used once, in order of definition.
-
-    Returns
-    -------
-    dict of str to nn.Module
-        Dotted name to module; modules without parameters are left out.
-
-    Raises
-    ------
-    ValueError
-        If a parameter sits on `model` itself: no stage would freeze it.
-    """
-    for name, _ in model.named_parameters(recurse=False):
-        raise ValueError(f"{name!r} belongs to no stage: move it into a child module")
-    parts = {}
-    for name, child in model.named_children():
-        inner = isinstance(child, nn.Sequential | nn.ModuleList)
-        parts |= {f"{name}.{k}": m for k, m in child.named_children()} if inner else {name: child}
-    return {name: part for name, part in parts.items() if any(True for _ in part.parameters())}
-
-
-def with_fresh_head(model, n_classes=None):
-    """Return a copy of `model` whose head is new, as for a new task.
-
-    The head is drawn from torch's global random stream and is trainable; everything else is
-    copied, so `model` itself can serve again.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Has a linear layer ``head``.
-    n_classes : int, optional
-        Outputs of the new head; None is as many as before.
-
-    Returns
-    -------
-    nn.Module
-    """
-    model = copy.deepcopy(model)
-    old = model.head
-    model.head = nn.Linear(
-        old.in_features,
-        n_classes or old.out_features,
-        dtype=old.weight.dtype,
-        device=old.weight.device,
-    )
-    return model

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 SCALE_BLOCK = 256  # scales that share one float32
+
 FP8, FP8_MAX = torch.float8_e4m3fn, 448.0
 
 
@@ -301,21 +302,3 @@ def loftq(W, r, *, scaling=1.0, code="nf4", block_size=64, steps=5):
         A, B = low_rank(wide - dequantize(q), r, scaling)
         delta = scaling * B @ A
     return q._replace(dtype=W.dtype), A.to(W.dtype), B.to(W.dtype)
-
-
-def stored_bytes(model):
-    """Return the bytes of a model's parameters and buffers, each storage counted once.
-
-    Parameters
-    ----------
-    model : nn.Module
-
-    Returns
-    -------
-    int
-    """
-    kept = {}
-    for t in (*model.parameters(), *model.buffers()):
-        storage = t.untyped_storage()
-        kept[storage.data_ptr() or id(t)] = storage.nbytes()  # on the meta device all are at 0
-    return sum(kept.values())

@@ -4,9 +4,11 @@ import copy
 
 from torch.optim import Adam
 
-from helpers.freezing import freeze, freeze_to, param_groups, unfreeze
-from helpers.models import MLP, stages, with_fresh_head
-from helpers.training import cross_entropy, extract_features, train
+from helpers.models import stages, with_fresh_head
+from helpers.models.mlp import MLP
+from helpers.training.freezing import freeze, freeze_to, param_groups, unfreeze
+from helpers.training.loop import cross_entropy, train
+from helpers.training.scoring import extract_features
 
 
 def pretrain(task, *, hidden=64, epochs=50, lr=1e-3):

@@ -20,13 +20,13 @@ from transformers import (
     RobertaModel,
 )
 
-from helpers import inject
-from helpers.freezing import count_parameters, freeze, unfreeze
-from helpers.layers import is_conv1d
-from helpers.training import saved_bytes
+from helpers.peft.base import is_conv1d
+from helpers.peft.inject import inject_bitfit, inject_ia3, inject_lora, inject_vera
+from helpers.training import count_parameters, freeze, saved_bytes, unfreeze
 
 # GB of 10^9 bytes. A card sold as 24 GB has up to 7 % more: the driver and the allocator use it
 BUDGETS = (8, 24, 80)
+
 # NF4 keeps 4 bits a weight, one 8-bit scale for each 64 weights, and for each 256 scales one
 # float32 (Dettmers et al. 2023, section 3, "double quantization", arXiv:2305.14314)
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
@@ -49,6 +49,7 @@ MODELS = {  # name: a function without arguments that builds the model
         GPT2Config(n_layer=96, n_embd=12_288, n_head=96, n_positions=2048)
     ),
 }
+
 # Ends of names in a block, the feed-forward's second layer last. GPT-2 computes q, k and v in one
 # layer of shape (d, 3 d): LoRA has r d + 3 d r parameters on it, as on a q and a v, 2 (r d + d r)
 LAYERS = {
@@ -69,23 +70,25 @@ LAYERS = {
 def _ia3(model):
     end = f".{_layers(model, 'linear')[-1]}"  # some attention has a layer of that name as well
     last = [n for n, _ in model.named_modules() if n.endswith(end) and "att" not in n]
-    inject.inject_ia3(model, _layers(model, "k, v"), feedforward=last)
+    inject_ia3(model, _layers(model, "k, v"), feedforward=last)
 
 
 TECHNIQUES = {  # name: a function of a frozen model; BitFit refuses Llama, which has no biases
     "full fine-tuning": unfreeze,
-    "LoRA on all linears, r=16": lambda m: inject.inject_lora(m, _layers(m, "linear"), r=16),
-    "LoRA on q, v, r=8": lambda m: inject.inject_lora(m, _layers(m, "q, v"), r=8),
-    "VeRA on q, v, r=256": lambda m: inject.inject_vera(m, _layers(m, "q, v"), r=256),
+    "LoRA on all linears, r=16": lambda m: inject_lora(m, _layers(m, "linear"), r=16),
+    "LoRA on q, v, r=8": lambda m: inject_lora(m, _layers(m, "q, v"), r=8),
+    "VeRA on q, v, r=256": lambda m: inject_vera(m, _layers(m, "q, v"), r=256),
     "(IA)3": _ia3,
-    "BitFit": inject.inject_bitfit,
+    "BitFit": inject_bitfit,
 }
+
 PUBLISHED = {  # trained parameters, and where they are printed
     ("RoBERTa-base", "LoRA on q, v, r=8"): (294_912, "0.3M, Hu et al. 2021, Table 2"),
     ("Llama-2 7B", "LoRA on q, v, r=8"): (4_194_304, "4,194,304, torchtune's docs"),
     ("Llama-2 7B", "LoRA on all linears, r=16"): (39_976_960, "39,976,960, by peft"),
     ("GPT-3 175B", "LoRA on q, v, r=8"): (37_748_736, "37.7M, Hu et al. 2021, Table 4"),
 }
+
 # The type that the model runs in, and bytes of each trained parameter's gradient and optimiser
 # state. Adam keeps two float32 moments and, beside bfloat16 weights, a float32 copy of these: 16
 # bytes in all either way (Rajbhandari et al. 2019, section 3.1, arXiv:1910.02054)
@@ -94,6 +97,7 @@ PRECISIONS = {
     "bfloat16": (torch.bfloat16, 2, 12),
     "NF4": (torch.bfloat16, 2, 12),  # the base's linear weights are stored in it, nothing computed
 }
+
 RECIPES = {  # name: technique and precision
     "full, float32": ("full fine-tuning", "float32"),
     "full, bf16 mixed": ("full fine-tuning", "bfloat16"),
@@ -137,7 +141,7 @@ def adapt(model, technique):
     Returns
     -------
     nn.Module
-        The model, for `helpers.freezing.count_parameters`.
+        The model, for `helpers.training.count_parameters`.
 
     Raises
     ------

@@ -1,0 +1,13 @@
+"""Studies: many seeds, intervals, verdicts; a module for each part; a decision on your rows."""
+
+from helpers.study.seeds import percent, reproducible, run_seeds, stream
+from helpers.study.verdicts import (
+    DRIFT,
+    Comparison,
+    Summary,
+    close_calls,
+    compare,
+    compare_pairs,
+    seeds_needed,
+    summarize,
+)
