@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from helpers.models import Attention, FeedForward, PatchEmbedding
-from helpers.peft import OFT, DoRA, LoRA, VeRA, add_low_rank, inject_vera, layers, lora
+from helpers.peft import OFT, DoRA, LoRA, VeRA, add_low_rank, inject_vera, layers, lora, product
 from helpers.study import reproducible
 
 D_IN, D_OUT, S = 6, 4, 5 / 3  # with r=3 and lora_alpha=5
@@ -269,7 +269,7 @@ def test_an_adapter_shows_its_base_and_its_settings_and_can_be_switched_off():
 def test_add_low_rank_passes_gradcheck(shape):
     sizes = ((*shape, 4), (*shape, 6), (3, 6), (4, 3))
     inputs = [torch.randn(size, requires_grad=True) for size in sizes]
-    assert gradcheck(lambda y, *rest: lora.AddLowRank.apply(y.clone(), *rest, 1.7), inputs)
+    assert gradcheck(lambda y, *rest: product.AddLowRank.apply(y.clone(), *rest, 1.7), inputs)
 
 
 @pytest.mark.parametrize("needed", ["yxAB", "yAB", "xAB", "AB", "x", "A", "B", "y"])

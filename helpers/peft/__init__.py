@@ -38,7 +38,16 @@ from helpers.peft.inject import (
     inject_vera,
 )
 from helpers.peft.layers import IA3, OFT, BottleneckAdapter, PrefixTuning, PromptTuning, Tuned
-from helpers.peft.lora import DoRA, LoRA, Projection, VeRA, add_low_rank
+from helpers.peft.lora import DoRA, ExpertLoRA, LoRA, Projection, VeRA
 from helpers.peft.mixed import MixedBatch, serving_memory
+from helpers.peft.product import add_low_rank
 from helpers.peft.qlora import dequantize_layers, inject_loftq, quantize_layers
-from helpers.peft.surgery import adapters, adapters_disabled, find, merge, replace
+from helpers.peft.surgery import (
+    adapters,
+    adapters_disabled,
+    find,
+    merge,
+    replace,
+    unload,
+    unwrapped,
+)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from helpers.peft.four_bits import QuantizedLinear
 from helpers.training import freeze
@@ -10,8 +11,14 @@ from helpers.training import freeze
 class Adapter(nn.Module):
     """y = base(x) while disabled, what the technique makes of it while enabled.
 
-    Each technique below is a subclass: `adapted` is its equation, and `merged`, where there can be
-    one, returns the plain layer that computes the same.
+    Each technique is a subclass: `adapted` is its equation, and `changed`, where a plain layer can
+    compute the same, returns what of the base's parameters that layer has otherwise.
+
+    It takes the base's place unseen: attributes are the base's, ``weight`` and ``bias`` those that
+    the technique makes of them (with gradients, so that a model may compute with them itself), and
+    `state_dict` has the base's tensors under the names that they had. New parameters are on the
+    base's device, in its dtype, but float32 on a base in half precision, where the steps of an
+    optimiser would be rounded away; outputs have the base's dtype.
 
     Parameters
     ----------
@@ -21,7 +28,7 @@ class Adapter(nn.Module):
         What a checkpoint must agree on, such as the rank; the printed model shows them.
     """
 
-    merged = None  # a nonlinear addition cannot be folded into a weight
+    changed = None  # a nonlinear addition cannot be folded into a weight
 
     def __init__(self, base, **settings):
         super().__init__()
@@ -32,22 +39,64 @@ class Adapter(nn.Module):
         self.settings = settings
         self.enabled = True
         self.training = base.training
+        self.register_state_dict_post_hook(_without_base)
+        self.register_load_state_dict_pre_hook(_with_base)
 
     def forward(self, *args, **kwargs):
         run = self.adapted if self.enabled else self.base
         return run(*args, **kwargs)
 
-    @property
-    def weight(self):
-        """Return the base's weight, for models that look at its dtype before they call the layer.
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base" or name.startswith("__"):
+                raise
+        names = {"weight", "bias", *self.base._parameters}
+        if name in names and self.enabled and self.changed is not None:
+            changed = self.changed()
+            if name in changed:
+                return changed[name]
+        return getattr(self.base, name)
 
-        Computing with it would bypass the adapter.
-        """
-        return self.base.weight
+    def __setattr__(self, name, value):
+        base = self.__dict__.get("_modules", {}).get("base")
+        if base is not None and name in ("weight", "bias"):
+            before = getattr(base, name, None)
+            if None not in (before, value) and before.shape != value.shape:
+                new, old = tuple(value.shape), tuple(before.shape)
+                raise ValueError(f"a {name} of shape {new} under an adapter for {old}: unload first")
+            setattr(base, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    @torch.no_grad()
+    def merged(self):
+        """Return the plain layer that computes the same; its parameters are frozen."""
+        return with_parameters(self.base, self.changed())
+
+    def removed(self):
+        """Return the base as it was before."""
+        return self.base
 
     def extra_repr(self):
         """Return the settings, as ``r=8, lora_alpha=16``."""
         return ", ".join(f"{name}={value}" for name, value in self.settings.items())
+
+
+def _without_base(adapter, state, prefix, metadata):
+    """Rename "base.weight" to "weight" in a state dict: a plain model finds its own tensors."""
+    for key in [key for key in state if key.startswith(f"{prefix}base.")]:
+        state[prefix + key.removeprefix(f"{prefix}base.")] = state.pop(key)
+
+
+def _with_base(adapter, state, prefix, *args):
+    """Undo `_without_base`, for all that is not the adapter's own."""
+    own = {*adapter._parameters, *adapter._buffers, *adapter._modules}
+    for key in [key for key in state if key.startswith(prefix)]:
+        name = key.removeprefix(prefix)
+        if name.partition(".")[0] not in own:
+            state[f"{prefix}base.{name}"] = state.pop(key)
 
 
 def is_conv1d(base):
@@ -71,18 +120,34 @@ def check_linear(base):
     -------
     in_features, out_features : int
     """
+    kind = type(base).__name__
     if isinstance(base, QuantizedLinear):
         return sizes(base)
-    kind = type(base).__name__
-    plain = isinstance(base, nn.Linear) and type(base).forward is nn.Linear.forward
-    if not (plain or is_conv1d(base)):
+    if not (isinstance(base, nn.Linear) or is_conv1d(base)):
         raise ValueError(f"a {kind} is neither torch's Linear nor transformers' Conv1D")
     if "weight" not in base._parameters:
         raise ValueError(
             f"this {kind} computes its weight from others: end that (pruning, weight"
             " norm or another parametrisation) first"
         )
+    if isinstance(base, nn.Linear) and not _computes_linear(base):
+        raise ValueError(f"a {kind} is a Linear that does not compute W x + b, or not that alone")
     return sizes(base)
+
+
+def _computes_linear(base):
+    """Whether a Linear, or a subclass of it, is W x + b; tried out where its code is another."""
+    if type(base).forward is nn.Linear.forward or base.weight.is_meta:
+        return True
+    if {*base.state_dict()} > {"weight", "bias"}:
+        return False
+    x = torch.linspace(-1, 1, 2 * base.in_features).sin().view(2, -1).to(base.weight)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            y = type(base).forward(base, x)
+            return torch.allclose(y, F.linear(x, base.weight, base.bias), rtol=1e-2, atol=1e-3)
+        except Exception:  # it reads its weight in another way
+            return False
 
 
 def wide(x):
@@ -125,29 +190,48 @@ def matrix(base):
     return base.weight.T if is_conv1d(base) else base.weight
 
 
-def with_matrix(base, W):
-    """Return the linear layer `base` with W of shape (out, in) in the place of its weight.
+def stored(base, W):
+    """Return W of shape (out, in) the way that a linear layer stores its weight.
 
     Parameters
     ----------
     base : nn.Linear, transformers' Conv1D or QuantizedLinear
-        The last one is left for a new `torch.nn.Linear` with its bias.
     W : Tensor of shape (out, in)
     """
-    if isinstance(base, QuantizedLinear):
+    return (W.T if is_conv1d(base) else W).to(base.weight.dtype)
+
+
+def with_parameters(base, changed):
+    """Put other values, frozen, in the place of a layer's parameters, which keep their order.
+
+    Parameters
+    ----------
+    base : nn.Module
+        Changed in place; a `QuantizedLinear` whose weight changes is left for a `torch.nn.Linear`.
+    changed : dict of str to Tensor
+        New values by name.
+
+    Returns
+    -------
+    nn.Module
+    """
+    if isinstance(base, QuantizedLinear) and "weight" in changed:
         plain = nn.Linear(*sizes(base), bias=False, device="meta")  # draws nothing
         del plain.bias  # a parameter, or under `Tuned` a buffer
         is_parameter = "bias" in base._parameters
         (plain.register_parameter if is_parameter else plain.register_buffer)("bias", base.bias)
         base = plain.train(base.training)
-    W = (W.T if is_conv1d(base) else W).detach().contiguous()
-    base.weight = nn.Parameter(W, requires_grad=False)
+    for name, value in changed.items():
+        base._buffers.pop(name, None)
+        value = value.detach().clone(memory_format=torch.contiguous_format)
+        base._parameters[name] = nn.Parameter(value, requires_grad=False)
     return base
 
 
 def _like(base):
-    """Return a floating tensor of a module, which tells its dtype and device."""
-    return next(t for t in (*base.parameters(), *base.buffers()) if t.is_floating_point())
+    """Return an empty tensor with the device of a module and the dtype for new parameters."""
+    t = next(t for t in (*base.parameters(), *base.buffers()) if t.is_floating_point())
+    return torch.empty(0, dtype=torch.promote_types(t.dtype, torch.float32), device=t.device)
 
 
 def uniform(shape, bound, *, like, generator):

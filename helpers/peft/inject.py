@@ -9,12 +9,28 @@ changed.
 
 from numbers import Integral
 
-from torch import nn
-
 from helpers.peft.base import check_linear, sizes, uniform
-from helpers.peft.layers import IA3, OFT, BottleneckAdapter, PrefixTuning, PromptTuning, Tuned
-from helpers.peft.lora import DoRA, LoRA, Projection, VeRA
-from helpers.peft.surgery import _check_untied, _has, _naming, _own, find, replace
+from helpers.peft.four_bits import check_rank
+from helpers.peft.layers import (
+    IA3,
+    OFT,
+    BottleneckAdapter,
+    PrefixTuning,
+    PromptTuning,
+    Tuned,
+    extend_mask,
+)
+from helpers.peft.lora import DoRA, ExpertLoRA, LoRA, Projection, VeRA
+from helpers.peft.surgery import (
+    _check_untied,
+    _has,
+    _naming,
+    _own,
+    adapters,
+    find,
+    find_experts,
+    replace,
+)
 
 
 def inject_lora(
@@ -36,7 +52,7 @@ def inject_lora(
         Changed in place.
     targets : sequence of str
         Names, or ends of names, of `torch.nn.Linear` layers, plain or from `quantize_layers`, or
-        of GPT-2's Conv1D.
+        of GPT-2's Conv1D; also of parameters that hold a matrix for each expert.
     r, lora_alpha, rslora, dropout, init, generator
         As in `helpers.peft.LoRA`.
 
@@ -51,8 +67,18 @@ def inject_lora(
         If a target matches nothing, or a layer is of another kind, too small for `r`, already
         adapted, or would be bypassed.
     """
-    options = dict(rslora=rslora, dropout=dropout, init=init, generator=generator)
-    return replace(model, find(model, targets), lambda base: LoRA(base, r, lora_alpha, **options))
+    found, experts = find(model, targets, experts=True), find_experts(model, targets)
+    if experts and (dropout or init != "lora"):
+        raise ValueError(f"{min(experts)!r} holds experts as parameters: no {dropout=} or {init=}")
+    names = {found[name]: own for name, own in experts.items()}
+
+    def _make(base):
+        options = dict(rslora=rslora, generator=generator)
+        if base in names:
+            return ExpertLoRA(base, names[base], r, lora_alpha, **options)
+        return _within(base, r, LoRA(base, r, lora_alpha, dropout=dropout, init=init, **options))
+
+    return replace(model, found, _make)
 
 
 def inject_dora(model, targets, *, r=8, lora_alpha=16, rslora=False, dropout=0.0, generator=None):
@@ -70,7 +96,11 @@ def inject_dora(model, targets, *, r=8, lora_alpha=16, rslora=False, dropout=0.0
     list of str
     """
     options = dict(rslora=rslora, dropout=dropout, generator=generator)
-    return replace(model, find(model, targets), lambda base: DoRA(base, r, lora_alpha, **options))
+
+    def _make(base):
+        return _within(base, r, DoRA(base, r, lora_alpha, **options))
+
+    return replace(model, find(model, targets), _make)
 
 
 def inject_vera(model, targets, *, r=256, d_initial=0.1, generator=None):
@@ -192,11 +222,15 @@ def inject_prompt(model, targets, *, num_virtual_tokens=8, std=0.02, generator=N
     list of str
     """
     options = dict(std=std, generator=generator)
-    return replace(
+    names = replace(
         model,
         find(model, targets),
         lambda base: PromptTuning(base, num_virtual_tokens, **options),
     )
+    for module in model.modules():
+        if any(True for m in module.modules() if isinstance(m, PromptTuning)):
+            module.register_forward_pre_hook(extend_mask, with_kwargs=True)
+    return names
 
 
 def inject_prefix(model, targets, *, num_virtual_tokens=8, std=0.02, generator=None):
@@ -237,8 +271,15 @@ def inject_bitfit(model, targets=None):
     list of str
         As in `inject_lora`, which also says what is refused.
     """
-    everywhere = targets is None
-    found = _own(model, lambda m: _has(m, "bias")) if everywhere else find(model, targets)
+    if targets is None:
+        found = _own(model, lambda m: _has(m, "bias"))
+        own = tuple(f"{name}." for name in adapters(model))
+        for name, _ in model.named_parameters():
+            end = name.rpartition(".")[2]
+            if "bias" in end and end != "bias" and not name.startswith(own):
+                raise ValueError(f"{name!r} would be left out: name the modules to train instead")
+    else:
+        found = find(model, targets)
     return replace(model, found, lambda base: _tuned(model, base, ["bias"]))
 
 
@@ -250,19 +291,31 @@ def inject_layer_norm(model, targets=None):
     model : nn.Module
         Changed in place.
     targets : sequence of str, optional
-        Names, or ends of names, of modules with a weight; None is every `torch.nn.LayerNorm` and
-        `torch.nn.RMSNorm`.
+        Names, or ends of names, of modules with a weight; None is every module with a
+        weight whose class is called LayerNorm or RMSNorm, or ends so.
 
     Returns
     -------
     list of str
         As in `inject_lora`, which also says what is refused.
     """
-    norms = (nn.LayerNorm, nn.RMSNorm)
-    everywhere = targets is None
-    found = _own(model, lambda m: isinstance(m, norms)) if everywhere else find(model, targets)
+    found = _own(model, _is_norm) if targets is None else find(model, targets)
     names = {base: [n for n in ("weight", "bias") if _has(base, n)] for base in found.values()}
     return replace(model, found, lambda base: _tuned(model, base, names[base]))
+
+
+def _is_norm(module):
+    """Whether a module is a layer norm with a weight: torch's, or one that is called so.
+
+    The RMS norms of the Llama family are classes of transformers of their own.
+    """
+    return _has(module, "weight") and type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
+
+
+def _within(base, r, adapter):
+    """Refuse a rank above the layer's smaller side: it would train more and change no more."""
+    check_rank(r, sizes(base))
+    return adapter
 
 
 def _tuned(model, base, names):

@@ -19,9 +19,10 @@ from helpers.peft.base import (
     matrix,
     normal,
     sizes,
+    stored,
     uniform,
     wide,
-    with_matrix,
+    with_parameters,
 )
 
 
@@ -46,16 +47,17 @@ class IA3(Adapter):
 
     def adapted(self, x):
         if self.settings["feedforward"]:
-            return self.base(self.ia3_l * x)
-        return self.ia3_l * self.base(x)
+            return self.base((self.ia3_l * x).to(x.dtype))
+        y = self.base(x)
+        return (self.ia3_l * y).to(y.dtype)
 
-    def merged(self):
-        """Return the base with its rows (and bias), or its columns, rescaled."""
+    def changed(self):
+        """Return the rows of W (and b), or its columns, rescaled."""
+        W, b = matrix(self.base), self.base.bias
         if self.settings["feedforward"]:
-            return with_matrix(self.base, matrix(self.base) * self.ia3_l)
-        if self.base.bias is not None:
-            self.base.bias = nn.Parameter(self.base.bias * self.ia3_l, requires_grad=False)
-        return with_matrix(self.base, matrix(self.base) * self.ia3_l[:, None])
+            return {"weight": stored(self.base, W * self.ia3_l)}
+        of_b = {} if b is None else {"bias": (b * self.ia3_l).to(b.dtype)}
+        return {"weight": stored(self.base, W * self.ia3_l[:, None])} | of_b
 
 
 class OFT(Adapter):
@@ -100,12 +102,14 @@ class OFT(Adapter):
 
     def adapted(self, x):
         blocks = x.unflatten(-1, (-1, self.settings["block_size"]))  # (..., n, b)
-        return self.base(torch.einsum("nij,...nj->...ni", self.rotations(), blocks).flatten(-2))
+        R = self.rotations()
+        turned = torch.einsum("nij,...nj->...ni", R, blocks.to(R.dtype))
+        return self.base(turned.flatten(-2).to(x.dtype))
 
-    def merged(self):
-        """Return the base with weight W R."""
+    def changed(self):
+        """Return W R, by its name."""
         R = torch.block_diag(*self.rotations())
-        return with_matrix(self.base, matrix(self.base) @ R)
+        return {"weight": stored(self.base, matrix(self.base).to(R.dtype) @ R)}
 
 
 class Tuned(Adapter):
@@ -128,9 +132,11 @@ class Tuned(Adapter):
 
     def __init__(self, base, names):
         super().__init__(base, names=list(names))
+        self.order = list(base._parameters)
         for name in names:
             original = getattr(base, name).detach()
-            self.register_parameter(f"tuned_{name}", nn.Parameter(original.clone()))
+            trained = original.to(_like(base).dtype, copy=True)
+            self.register_parameter(f"tuned_{name}", nn.Parameter(trained))
             delattr(base, name)
             base.register_buffer(name, original)
 
@@ -138,16 +144,26 @@ class Tuned(Adapter):
         """Return the trained parameters, by the names of their originals."""
         return {name: getattr(self, f"tuned_{name}") for name in self.settings["names"]}
 
+    def changed(self):
+        """Return the trained parameters in the dtypes of their originals, by these's names."""
+        return {name: p.to(getattr(self.base, name).dtype) for name, p in self.tuned().items()}
+
     def adapted(self, *args, **kwargs):
-        return torch.func.functional_call(self.base, self.tuned(), args, kwargs)
+        return torch.func.functional_call(self.base, self.changed(), args, kwargs)
 
     def merged(self):
         """Return the base with the trained parameters in the place of the originals."""
-        for name, p in self.tuned().items():
-            delattr(self.base, name)
-            trained = nn.Parameter(p.detach().clone(), requires_grad=False)
-            self.base.register_parameter(name, trained)
-        return self.base
+        return self._in_order(super().merged())
+
+    def removed(self):
+        """Return the base with the originals in their place."""
+        originals = {name: self.base._buffers[name] for name in self.settings["names"]}
+        return self._in_order(with_parameters(self.base, originals))
+
+    def _in_order(self, base):
+        for name in self.order:
+            base._parameters[name] = base._parameters.pop(name)
+        return base
 
 
 class BottleneckAdapter(Adapter):
@@ -197,11 +213,10 @@ class BottleneckAdapter(Adapter):
             raise TypeError(
                 f"{kind} returns a {type(y).__name__}, not a tensor: adapt a layer in it"
             )
-        h = F.relu(
-            F.linear(x if self.settings["parallel"] else y, self.down_weight, self.down_bias)
-        )
+        read = x if self.settings["parallel"] else y
+        h = F.relu(F.linear(read.to(self.down_weight.dtype), self.down_weight, self.down_bias))
         scale = self.settings["scale"] if self.settings["parallel"] else 1.0
-        return y + scale * F.linear(h, self.up_weight, self.up_bias)
+        return (y + scale * F.linear(h, self.up_weight, self.up_bias)).to(y.dtype)
 
 
 class PromptTuning(Adapter):
@@ -235,7 +250,7 @@ class PromptTuning(Adapter):
 
     def adapted(self, *args, **kwargs):
         tokens = self.base(*args, **kwargs)  # (B, T, d)
-        return torch.cat([self.prompt.expand(len(tokens), -1, -1), tokens], 1)
+        return torch.cat([self.prompt.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], 1)
 
 
 class PrefixTuning(Adapter):
@@ -274,8 +289,42 @@ class PrefixTuning(Adapter):
         self.prefix = nn.Parameter(normal(shape, std, _like(base), generator))
 
     def adapted(self, x, *args, **kwargs):
-        k, v = self.prefix[:, None].expand(-1, len(x), -1, -1, -1)  # each (B, H, P, d_head)
+        prefix = self.prefix.to(x.dtype)
+        k, v = prefix[:, None].expand(-1, len(x), -1, -1, -1)  # each (B, H, P, d_head)
         return self.base(x, *args, prefix=(k, v), **kwargs)
+
+
+def extend_mask(model, args, kwargs):
+    """Put ones before a mask, for the tokens that a prompt puts before the others.
+
+    A forward pre-hook: `transformers` would pad a mask that is too short at its end.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Perhaps with `input_ids` and `attention_mask` among what its forward takes.
+    args, kwargs : tuple, dict
+        What it is called with.
+
+    Raises
+    ------
+    ValueError
+        If it generates with a cache: each step would get a prompt of its own.
+    """
+    prompts = [m for m in model.modules() if isinstance(m, PromptTuning) and m.enabled]
+    names = inspect.signature(model.forward).parameters
+    if len(prompts) != 1 or not {"input_ids", "attention_mask"} <= names.keys():
+        return None
+    given = kwargs | dict(zip(names, args, strict=False))
+    ids, mask = given.get("input_ids"), given.get("attention_mask")
+    past = given.get("past_key_values")
+    if past is not None and past.get_seq_length() > 0:
+        raise ValueError("each step with a cache would get its own prompt: pass use_cache=False")
+    if ids is None or mask is None or mask.shape[1:] != ids.shape[1:]:
+        return None
+    ones = mask.new_ones(len(mask), prompts[0].settings["num_virtual_tokens"])
+    given["attention_mask"] = torch.cat([ones, mask], 1)
+    return (), given
 
 
 def check_tokens(num_virtual_tokens):

@@ -5,12 +5,10 @@ row of x is an example.
 """
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from helpers.peft.base import (
     Adapter,
@@ -18,11 +16,12 @@ from helpers.peft.base import (
     check_linear,
     matrix,
     sizes,
+    stored,
     uniform,
     wide,
-    with_matrix,
 )
-from helpers.peft.four_bits import check_rank, low_rank
+from helpers.peft.four_bits import low_rank
+from helpers.peft.product import add_low_rank, call
 
 
 class LoRA(Adapter):
@@ -41,7 +40,7 @@ class LoRA(Adapter):
     ----------
     base : nn.Linear, transformers' Conv1D or QuantizedLinear
     r : int
-        Rank, from 1 to the smaller side of W.
+        Rank. Above the smaller side of W, which `inject_lora` refuses, it adds nothing.
     lora_alpha : float
     rslora : bool, default=False
         s = lora_alpha / sqrt(r) instead: the update's size then does not shrink with r.
@@ -62,9 +61,7 @@ class LoRA(Adapter):
         self, base, r, lora_alpha, *, rslora=False, dropout=0.0, init="lora", generator=None
     ):
         d_in, d_out = check_linear(base)
-        check_rank(r, (d_out, d_in))
-        if not isinstance(lora_alpha, Real) or not 0 < lora_alpha < math.inf:
-            raise ValueError(f"lora_alpha={lora_alpha!r} must be above 0, and a finite number")
+        check_settings(r, lora_alpha)
         if init not in ("lora", "pissa"):
             raise ValueError(f'init={init!r} must be "lora" or "pissa"')
         r, lora_alpha = int(r), float(lora_alpha)
@@ -85,8 +82,7 @@ class LoRA(Adapter):
         self.lora_B = nn.Parameter(B)  # (out, r)
 
     def adapted(self, x):
-        rows = x.reshape(-1, x.shape[-1])  # (N, in): a base returns views of more axes, and
-        y = self.base(rows)  # autograd copies a view before it is changed in place
+        y, rows = call(self.base, x)
         dropped = self.dropout(x).reshape(rows.shape)
         y = add_low_rank(y, dropped, self.lora_A, self.lora_B, self.scaling)
         if self.settings["init"] == "pissa":
@@ -104,9 +100,54 @@ class LoRA(Adapter):
         """Return W + delta weight of shape (out, in); dropout has no part in it."""
         return matrix(self.base) + self.delta_weight()
 
-    def merged(self):
-        """Return the base with the merged weight."""
-        return with_matrix(self.base, self.merged_weight())
+    def changed(self):
+        """Return the merged weight, by its name."""
+        return {"weight": stored(self.base, self.merged_weight())}
+
+
+class ExpertLoRA(Adapter):
+    """W_e + s B_e A_e for each expert e, where one parameter holds the W_e of all experts.
+
+    Parameters
+    ----------
+    base : nn.Module
+    names : sequence of str
+        Its parameters to adapt, of shape (experts, n, m): A_e is (r, m) and B_e (n, r), whichever
+        side is the input.
+    r, lora_alpha, rslora, generator
+        As in `LoRA`.
+
+    References
+    ----------
+    Hu et al. (2021), section 4.1, arXiv:2106.09685.
+    """
+
+    def __init__(self, base, names, r, lora_alpha, *, rslora=False, generator=None):
+        check_settings(r, lora_alpha)
+        settings = dict(r=int(r), lora_alpha=float(lora_alpha), rslora=rslora)
+        super().__init__(base, names=list(names), **settings)
+        self.scaling = lora_alpha / (math.sqrt(r) if rslora else r)
+        like = _like(base)
+        for name in names:
+            n_experts, n, m = getattr(base, name).shape
+            A = uniform((n_experts, r, m), 1 / math.sqrt(m), like=like, generator=generator)
+            self.register_parameter(f"{name}_lora_A", nn.Parameter(A))
+            B = like.new_zeros(n_experts, n, r)
+            self.register_parameter(f"{name}_lora_B", nn.Parameter(B))
+
+    def changed(self):
+        """Return W + s B A, by name."""
+        out = {}
+        for name in self.settings["names"]:
+            W, A, B = (
+                getattr(self.base, name),
+                *(self._parameters[f"{name}_lora_{k}"] for k in "AB"),
+            )
+            out[name] = (W + self.scaling * (B @ A)).to(W.dtype)
+        return out
+
+    def adapted(self, *args, **kwargs):
+        return torch.func.functional_call(self.base, self.changed(), args, kwargs)
 
 
 class DoRA(LoRA):
@@ -142,7 +183,7 @@ class DoRA(LoRA):
         y = super().adapted(x)  # (W + s B A) x + b
         grow = self.magnitude / self.row_norms() - 1  # (out,), exactly 0 at the start
         bias = self.base.bias
-        return y + grow * (y if bias is None else y - bias)
+        return (y + grow * (y if bias is None else y - bias)).to(y.dtype)
 
     def merged_weight(self):
         """Return m / ||W + s B A|| * (W + s B A) of shape (out, in)."""
@@ -160,6 +201,7 @@ class Projection(nn.Module):
 
     def __init__(self, A, B):
         super().__init__()
+        self.held = False  # by the first layer that gets it, as its sub-module
         self.register_buffer("A", A)
         self.register_buffer("B", B)
 
@@ -185,7 +227,10 @@ class VeRA(Adapter):
         check_linear(base)
         r, (_, d_out) = len(projection.A), sizes(base)
         super().__init__(base, r=r, d_initial=d_initial)
-        self.projection = projection
+        if projection.held:  # by another layer of the model, which has it in its state
+            self.__dict__["projection"] = projection
+        else:
+            self.projection, projection.held = projection, True
         self.lambda_d = nn.Parameter(_like(base).new_full((r,), d_initial))  # u
         self.lambda_b = nn.Parameter(_like(base).new_zeros(d_out))  # v
 
@@ -196,66 +241,28 @@ class VeRA(Adapter):
         return self.lambda_d[:, None] * A, self.lambda_b[:, None] * B
 
     def adapted(self, x):
-        rows = x.reshape(-1, x.shape[-1])  # (N, in), as in LoRA
-        y = add_low_rank(self.base(rows), rows, *self.low_rank(), 1.0)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        y, rows = call(self.base, x)
+        return add_low_rank(y, rows, *self.low_rank(), 1.0).view(*x.shape[:-1], y.shape[-1])
 
     def delta_weight(self):
         """Return (v * B)(u * A) of shape (out, in)."""
         A, B = self.low_rank()
         return B @ A
 
-    def merged(self):
-        """Return the base with weight W + (v * B)(u * A)."""
-        return with_matrix(self.base, matrix(self.base) + self.delta_weight())
+    def changed(self):
+        """Return W + (v * B)(u * A), by its name."""
+        return {"weight": stored(self.base, matrix(self.base) + self.delta_weight())}
 
 
-def add_low_rank(y, x, A, B, scaling):
-    """Return y + scaling * x A' B', in the fast form where autocast does not need the plain one.
+def check_settings(r, lora_alpha):
+    """Refuse a rank below one, and a lora_alpha that is not above zero and finite.
 
     Parameters
     ----------
-    y : Tensor of shape (..., out)
-        Overwritten: a forward hook that keeps the base's output sees it changed.
-    x : Tensor of shape (..., in)
-    A : Tensor of shape (r, in)
-    B : Tensor of shape (out, r)
-    scaling : float
-
-    Returns
-    -------
-    Tensor of shape (..., out)
+    r : int
+    lora_alpha : float
     """
-    mixed = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-    if mixed or not y.dtype == x.dtype == A.dtype:
-        return y + scaling * F.linear(F.linear(x, A), B)
-    return AddLowRank.apply(y, x, A, B, scaling)
-
-
-class AddLowRank(torch.autograd.Function):
-    """y += scaling * x A' B' in place, the thin product A x' kept as (r, N).
-
-    Plain autograd makes two more tensors as large as y and multiplies thin matrices in the layout
-    that the BLAS is slow at. Differentiating twice, or by torch.func, is not supported.
-    """
-
-    @staticmethod
-    def forward(ctx, y, x, A, B, scaling):
-        h = A @ x.reshape(-1, x.shape[-1]).T  # (r, N)
-        y.view(-1, y.shape[-1]).addmm_(h.T, B.T, alpha=scaling)  # (N, out)
-        ctx.mark_dirty(y)
-        ctx.save_for_backward(x, h, A, B)
-        ctx.scaling = scaling
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        x, h, A, B = ctx.saved_tensors
-        rows = g.reshape(-1, g.shape[-1])  # (N, out)
-        of_h = ctx.scaling * (B.T @ rows.T)  # (r, N)
-        _, for_x, for_A, for_B, _ = ctx.needs_input_grad
-        of_x = (of_h.T @ A).view_as(x) if for_x else None
-        of_A = of_h @ x.reshape(-1, x.shape[-1]) if for_A else None
-        of_B = ctx.scaling * (h @ rows).T if for_B else None
-        return g, of_x, of_A, of_B, None
+    if not isinstance(r, Integral) or r < 1:
+        raise ValueError(f"rank r={r} must be an integer, 1 or more")
+    if not isinstance(lora_alpha, Real) or not 0 < lora_alpha < math.inf:
+        raise ValueError(f"lora_alpha={lora_alpha!r} must be above 0, and a finite number")

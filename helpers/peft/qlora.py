@@ -2,7 +2,7 @@
 
 import torch
 
-from helpers.peft.base import check_linear, matrix, with_matrix
+from helpers.peft.base import check_linear, matrix, with_parameters
 from helpers.peft.four_bits import QuantizedLinear, loftq, quantize
 from helpers.peft.lora import LoRA
 from helpers.peft.surgery import _check_untied, _set, find, replace
@@ -51,7 +51,7 @@ def dequantize_layers(model):
     """
     found = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     for name, base in found.items():
-        _set(model, name, with_matrix(base, base.weight))
+        _set(model, name, with_parameters(base, {"weight": base.weight}))
     return list(found)
 
 

@@ -1,5 +1,6 @@
 """Surgery on a model: find layers, replace them, fold them back, switch them off for a while."""
 
+import inspect
 from contextlib import contextmanager
 
 import torch
@@ -61,8 +62,9 @@ def merge(model):
     Raises
     ------
     ValueError
-        If an adapter cannot be a plain layer, is disabled, or shares its base's weight with another
-        layer, which would change with it. Nothing is merged then.
+        If an adapter cannot be a plain layer, is disabled, would make values that are not finite,
+        or shares its base's weight with another layer, which would change with it. Nothing is
+        merged then.
     """
     found = adapters(model)
     names = {}
@@ -70,7 +72,7 @@ def merge(model):
         names.setdefault(id(p), []).append(name)
     for name, adapter in found.items():
         kind = type(adapter).__name__
-        if adapter.merged is None:
+        if adapter.changed is None:
             raise ValueError(f"{name!r} is a {kind}: it has no equal plain layer, so keep it as is")
         if not adapter.enabled:
             raise ValueError(f"{name!r} is disabled: enable it, or the outputs would change")
@@ -80,12 +82,53 @@ def merge(model):
                     f"{names[id(p)]} are tied, so merging {name!r} would change both: untie them by"
                     " copying the parameter"
                 )
+        for own, t in adapter.changed().items():
+            if not t.isfinite().all():
+                raise ValueError(
+                    f"{name!r} merged has values of {own} that are no finite {t.dtype}: load a"
+                    " sound adapter, or unload this one"
+                )
     for name, adapter in reversed(found.items()):  # inner ones first
         _set(model, name, adapter.merged())
     return list(found)
 
 
-def find(model, targets):
+@torch.no_grad()
+def unload(model):
+    """Take every adapter out: the base returns bit for bit, and what adapters learned is lost.
+
+    All of the base is frozen, as it was under the adapters. What was merged before stays in it.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Changed in place.
+
+    Returns
+    -------
+    list of str
+        Names of the layers that had an adapter.
+    """
+    found = adapters(model)
+    for name, adapter in reversed(found.items()):  # inner ones first
+        _set(model, name, adapter.removed())
+    return list(found)
+
+
+def unwrapped(model):
+    """Return the model that torch's wrappers hold: compiled, data-parallel, averaged; or itself.
+
+    Parameters
+    ----------
+    model : nn.Module
+    """
+    for name in ("_orig_mod", "module"):
+        if name in model._modules and type(model).__module__.startswith("torch."):
+            return unwrapped(model._modules[name])
+    return model
+
+
+def find(model, targets, *, experts=False):
     """Return the modules that `targets` name.
 
     Parameters
@@ -94,6 +137,8 @@ def find(model, targets):
     targets : sequence of str
         A whole dotted name, or the end of one from a dot on: "q_proj" is "blocks.0.q_proj" and not
         "blocks.0.freq_proj".
+    experts : bool, default=False
+        A target may also be a parameter as in `find_experts`; its module is returned.
 
     Returns
     -------
@@ -110,14 +155,53 @@ def find(model, targets):
     modules = dict(model.named_modules())
     found = set()
     for target in targets:
-        fits = [n for n in modules if n and f".{n}".endswith(f".{target}")]
+        fits = [n for n in modules if n and _named(n, target)]
+        fits = fits or [*(find_experts(model, [target]) if experts else ())]
         if not fits:
-            leaves = [(n, m) for n, m in modules.items() if not [*m.children()]]
-            held = [n for n, m in leaves if [*m.parameters()] or isinstance(m, QuantizedLinear)]
-            known = list(dict.fromkeys(n.rpartition(".")[2] for n in held))
-            raise ValueError(f"no layer is called {target!r}; among its layers are {known}")
+            _no_layer(model, target)
         found.update(fits)
     return {name: module for name, module in modules.items() if name in found}
+
+
+def find_experts(model, targets):
+    """Return the modules that hold, as one parameter, a matrix for each of their experts.
+
+    Parameters
+    ----------
+    model : nn.Module
+    targets : sequence of str
+        Names of such parameters, of three axes, or ends of them, as in `find`.
+
+    Returns
+    -------
+    dict of str to list of str
+        Name of a module to the names of its parameters; none where no target is one.
+    """
+    found = {}
+    for name, p in model.named_parameters():
+        if p.ndim == 3 and any(_named(name, target) for target in targets):
+            owner, _, own = name.rpartition(".")
+            found.setdefault(owner, []).append(own)
+    return found
+
+
+def _named(name, target):
+    return f".{name}".endswith(f".{target}")
+
+
+def _no_layer(model, target):
+    """Refuse a target that no layer is called by, and say what would be right."""
+    for name, p in model.named_parameters():
+        if _named(name, target):
+            kind = type(model.get_submodule(name.rpartition(".")[0])).__name__
+            raise ValueError(
+                f"{name!r} is a parameter of shape {tuple(p.shape)} of a {kind}, not a layer:"
+                " inject_lora alone adapts parameters, if they hold a matrix for each expert"
+            )
+    leaves = [(n, m) for n, m in model.named_modules() if not [*m.children()]]
+    held = [n for n, m in leaves if [*m.parameters()] or isinstance(m, QuantizedLinear)]
+    known = list(dict.fromkeys(n.rpartition(".")[2] for n in held))
+    raise ValueError(f"no layer is called {target!r}; among its layers are {known}")
 
 
 def replace(model, found, make):
@@ -141,13 +225,17 @@ def replace(model, found, make):
     ------
     ValueError
         If a layer has an adapter already, is not called by its parent, is held by several modules,
-        or `make` refuses it. The message names the layer.
+        or `make` refuses it, or a wrapper holds the model. The message names the offender.
     """
+    if unwrapped(model) is not model:
+        kind = type(model).__name__
+        raise ValueError(f"a {kind} holds the model: adapt the model in it, then wrap it again")
     modules, places = dict(model.named_modules()), {}
     for name, module in model.named_modules(remove_duplicate=False):
         places.setdefault(id(module), {})[name] = modules.get(name.rpartition(".")[0])
     for name, base in found.items():
         _reachable(name, base, modules[name.rpartition(".")[0]], places[id(base)])
+        _called(name, base, modules)
     for name in found:
         if around := [outer for outer in found if name.startswith(f"{outer}.")]:
             raise ValueError(f"{around[0]!r} contains {name!r}: adapt one of them")
@@ -182,6 +270,24 @@ def _reachable(name, base, parent, places):
         raise ValueError(f"{list(places)} are one layer, and an adapter would reach one of them")
 
 
+def _called(name, base, modules):
+    """Refuse a layer that its parent's code does not call, where another has the same weight."""
+    mine = {id(p) for p in base.parameters(recurse=False)}
+    twins = [
+        n
+        for n, m in modules.items()
+        if m is not base and type(m) is type(base) and mine & {id(p) for p in m.parameters()}
+    ]
+    above, _, end = name.rpartition(".")
+    parent = type(modules[above])
+    try:
+        code = inspect.getsource(parent) if twins else ""
+    except (OSError, TypeError):  # a class without source code
+        return
+    if f"self.{end} = " in code and f"self.{end}(" not in code:
+        raise ValueError(f"{parent.__name__} does not call {name!r}: name one of its twins {twins}")
+
+
 def _naming(name, function, base):
     try:
         return function(base)
@@ -213,5 +319,7 @@ def _own(model, wanted):
 
 
 def _set(model, name, module):
+    if not name:
+        raise ValueError(f"the {type(model).__name__} itself is the adapter: pass what holds it")
     above, _, end = name.rpartition(".")
     setattr(model.get_submodule(above), end, module)
