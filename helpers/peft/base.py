@@ -54,7 +54,10 @@ class Adapter(nn.Module):
                 raise
         names = {"weight", "bias", *self.base._parameters}
         if name in names and self.enabled and self.changed is not None:
-            changed = self.changed()
+            try:
+                changed = self.changed()
+            except RuntimeError as error:
+                raise ValueError("a layer was resized under its adapter: unload first") from error
             if name in changed:
                 return changed[name]
         return getattr(self.base, name)
@@ -65,7 +68,9 @@ class Adapter(nn.Module):
             before = getattr(base, name, None)
             if None not in (before, value) and before.shape != value.shape:
                 new, old = tuple(value.shape), tuple(before.shape)
-                raise ValueError(f"a {name} of shape {new} under an adapter for {old}: unload first")
+                raise ValueError(
+                    f"a {name} of shape {new} under an adapter for {old}: unload first"
+                )
             setattr(base, name, value)
         else:
             super().__setattr__(name, value)

@@ -309,7 +309,7 @@ def extend_mask(model, args, kwargs):
     Raises
     ------
     ValueError
-        If it generates with a cache: each step would get a prompt of its own.
+        If a cache or positions are given, as `generate` does: each step would get a prompt.
     """
     prompts = [m for m in model.modules() if isinstance(m, PromptTuning) and m.enabled]
     names = inspect.signature(model.forward).parameters
@@ -317,9 +317,8 @@ def extend_mask(model, args, kwargs):
         return None
     given = kwargs | dict(zip(names, args, strict=False))
     ids, mask = given.get("input_ids"), given.get("attention_mask")
-    past = given.get("past_key_values")
-    if past is not None and past.get_seq_length() > 0:
-        raise ValueError("each step with a cache would get its own prompt: pass use_cache=False")
+    if extra := [n for n in ("past_key_values", "position_ids") if given.get(n) is not None]:
+        raise ValueError(f"a prompt goes before whole sequences: call the model without {extra}")
     if ids is None or mask is None or mask.shape[1:] != ids.shape[1:]:
         return None
     ones = mask.new_ones(len(mask), prompts[0].settings["num_virtual_tokens"])

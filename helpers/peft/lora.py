@@ -177,7 +177,8 @@ class DoRA(LoRA):
     def row_norms(self):
         """Return ||W + s B A|| of each row, shape (out,), as a constant."""
         norms = torch.linalg.norm(LoRA.merged_weight(self), dim=1)
-        return norms.clamp(min=torch.finfo(norms.dtype).tiny)  # a row of zeros stays one
+        # a row of zeros stays one; detached for forward-mode derivatives, too
+        return norms.clamp(min=torch.finfo(norms.dtype).tiny).detach()
 
     def adapted(self, x):
         y = super().adapted(x)  # (W + s B A) x + b
