@@ -9,25 +9,45 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.pytorch_utils import Conv1D
 
 from helpers.models import TinyTransformer
 from helpers.peft import (
     IA3,
+    LoRA,
+    adapter_state,
+    dequantize_layers,
     files,
+    hub_config,
     inject,
+    inject_loftq,
     load_peft,
     load_trainable,
+    quantize_layers,
     save_peft,
     save_trainable,
     surgery,
+    switch,
 )
 from helpers.training import freeze, unfreeze
 
 QV = ["q_proj", "v_proj"]
 KEY = "base_model.model.blocks.0.attention.q_proj.lora_A.weight"
+BIAS = "base_model.model.head.bias"
 IN_PEFT = {
     "lora": lambda m, t: inject.inject_lora(m, t, r=4, dropout=0.1),
     "rslora": lambda m, t: inject.inject_lora(m, t, r=4, rslora=True),
@@ -117,7 +137,7 @@ def outputs(model):
     model.eval()
     inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     if isinstance(inner, TinyTransformer):
-        return model(torch.randn(5, 64).to(next(inner.parameters()).dtype))
+        return model(torch.randn(5, 64).to(inner.embed.position.dtype))
     return model(input_ids=torch.randint(0, 30, (3, 8))).logits
 
 
@@ -183,7 +203,7 @@ def test_running_statistics_travel_with_a_trained_norm(tmp_path):
     other[1].reset_running_stats()
     save_trainable(model, tmp_path / "a")
     names = load_file(tmp_path / "a")
-    assert "1.running_mean" in names and not [n for n in names if n.startswith("2.")]
+    assert {"1.running_mean", "2.running_mean"} <= names.keys() and "2.weight" not in names
     load_trainable(other, tmp_path / "a")
     assert same(state(other), state(model))
 
@@ -198,7 +218,7 @@ def test_a_frozen_weight_beside_a_trained_bias_belongs_to_the_base(tmp_path):
 def test_base_digest_knows_no_adapter_and_no_order():
     def digest(model):
         freeze(model)
-        return files._digest(files._split(model)[1])
+        return files._digests(model, files._split(model)[1])
 
     one, two = tiny(), tiny()
     inject.inject_adapter(one, ["attention"])
@@ -236,7 +256,7 @@ def lora(targets=QV, **settings):
 
 
 Q = r"'blocks.0.attention.q_proj' is LoRA\(r=4, lora_alpha=16.0, rslora=False, init=lora\) in "
-HEAD = r"'head.bias' is torch.float64 \(10,\) in .*, but not trained "
+HEAD = r"'head.bias' is of shape \(10,\) in .*, but not trained "
 
 
 @pytest.mark.parametrize(
@@ -256,11 +276,14 @@ HEAD = r"'head.bias' is torch.float64 \(10,\) in .*, but not trained "
         (lambda: prepared(head=None), HEAD + "in the model: unfreeze what was trained"),
         (
             lambda: unfrozen("norm"),
-            r"'norm.weight' is not trained in .*, but torch.float64 \(16,\) in the model",
+            r"'norm.weight' is not trained in .*, but of shape \(16,\) in the model",
         ),
         (lambda: prepared(model=tiny(n_classes=3)), r"'head.weight' is .* but .* \(3, 16\)"),
-        (lambda: prepared(model=tiny(torch.float32)), "is torch.float64 .* but torch.float32"),
-        (lambda: prepared(model=tiny(seed=5)), "belongs to another base"),
+        (
+            lambda: prepared(model=tiny(torch.float32)),
+            "is torch.float64 .* but torch.float32 in the model: load into a model of the file's",
+        ),
+        (lambda: prepared(model=tiny(seed=5)), "another base: 'embed.position' differs; load into"),
     ],
 )
 def test_file_of_another_model_is_refused(make, match, tmp_path):
@@ -309,6 +332,260 @@ def test_a_failed_write_leaves_the_old_files(call, tmp_path, monkeypatch):
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
+def test_what_is_no_file_of_ours_is_refused_in_a_sentence(tmp_path):
+    save_peft(trained(), tmp_path / "folder")
+    refused(load_trainable, prepared(), tmp_path / "folder", "is a folder: load_trainable reads a")
+    weights = tmp_path / "folder" / "adapter_model.safetensors"
+    refused(
+        load_peft, tiny(), weights, "is a file: load_peft reads a folder, load_trainable a file"
+    )
+    refused(load_trainable, prepared(), weights, "not written by save_trainable")
+    (tmp_path / "text").write_text("the rank is four, and so on")
+    refused(load_trainable, prepared(), tmp_path / "text", "is damaged, or no safetensors file")
+    (tmp_path / "folder" / "adapter_config.json").write_bytes(b'{"r": "\xff"}')
+    refused(load_peft, tiny(), tmp_path / "folder", "adapter_config.json: .*utf-8")
+
+
+def test_a_missing_folder_is_made(tmp_path):
+    save_trainable(trained(), tmp_path / "runs" / "1" / "a.safetensors")
+    save_peft(trained(), tmp_path / "runs" / "2" / "folder")
+    load_trainable(prepared(), tmp_path / "runs" / "1" / "a.safetensors")
+    load_peft(tiny(), tmp_path / "runs" / "2" / "folder")
+
+
+@pytest.mark.parametrize("there", [torch.float32, torch.bfloat16], ids=str)
+def test_a_file_of_another_dtype_is_refused_and_the_cure_works(there, tmp_path):
+    here = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32}[there]
+    model = trained(model=tiny(torch.float32)).to(there)
+    save_trainable(model, tmp_path / "a")
+    other = prepared(model=tiny(torch.float32), seed=2)
+    match = (
+        rf"is {there} in .*, but {here} in the model: load into a model of the file's dtype, and"
+    )
+    refused(load_trainable, copy.deepcopy(other).to(here), tmp_path / "a", match)
+    load_trainable(other.to(there), tmp_path / "a")
+    assert same(state(other.to(here)), state(model.to(here)))
+
+
+def test_float32_adapters_of_a_cast_base_load_where_asked_for(tmp_path):
+    save_trainable(trained(model=tiny(torch.float32), head=None), tmp_path / "a")
+    model = prepared(model=tiny(torch.bfloat16), head=None)
+    match = "belongs to another base: 'embed.position' differs; .* pass check_base=False if this is"
+    refused(load_trainable, model, tmp_path / "a", match)
+    load_trainable(model, tmp_path / "a", check_base=False)
+    found = load_file(tmp_path / "a")
+    assert same(adapter_state(model), found) and {t.dtype for t in found.values()} == {
+        torch.float32
+    }
+
+
+# ---- what ran is what is saved
+
+
+@pytest.fixture
+def group(tmp_path):
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+WRAPS = {
+    "compile": compiled,
+    "DataParallel": nn.DataParallel,
+    "DistributedDataParallel": DistributedDataParallel,
+    "AveragedModel": AveragedModel,
+    "both": lambda model: compiled(AveragedModel(nn.DataParallel(model))),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_torchs_wrappers_are_seen_through(wrap, group, tmp_path):
+    model, other, held = trained(), prepared(seed=2), prepared(seed=3)
+    save_trainable(WRAPS[wrap](model), tmp_path / "a")
+    load_trainable(other, tmp_path / "a")
+    wrapped = WRAPS[wrap](held)
+    load_trainable(wrapped, tmp_path / "a")
+    inside = surgery.unwrapped(wrapped)
+    assert same(state(other), state(model)) and same(state(inside), state(model))
+    switch(wrapped, {"new": adapter_state(WRAPS[wrap](trained(seed=4)))}, "new")
+    assert same(adapter_state(inside), adapter_state(trained(seed=4)))
+    save_peft(WRAPS[wrap](model), tmp_path / "folder")
+    base = tiny()
+    with pytest.raises(ValueError, match="holds the model: load into the model in it, then wrap"):
+        load_peft(WRAPS[wrap](base.requires_grad_()), tmp_path / "folder")
+    load_peft(base, tmp_path / "folder")
+    assert torch.equal(outputs(base), outputs(model))
+
+
+@pytest.mark.parametrize("wrap", ["compile", "DataParallel"])
+@pytest.mark.parametrize("name", ["blocks.0", "head", "blocks.1.attention.q_proj"])
+@pytest.mark.parametrize("save", [save_trainable, save_peft, lambda m, path: adapter_state(m)])
+def test_a_wrapper_within_a_model_is_refused_and_the_cure_works(save, name, wrap, tmp_path):
+    model, plain = trained(), trained()
+    model.set_submodule(name, WRAPS[wrap](model.get_submodule(name)))
+    with pytest.raises(ValueError, match=f"^'{name}' is a .* inside the model: put back") as told:
+        save(model, tmp_path / "a")
+    assert not [*tmp_path.iterdir()]
+    exec(str(told.value).partition("holds, ")[2], {"model": model})
+    save(model, tmp_path / "a")
+    assert model.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.parametrize("save", [save_trainable, save_peft])
+def test_disabled_adapters_are_not_saved(save, tmp_path):
+    model = trained()
+    name = "blocks.1.attention.v_proj"
+    with surgery.adapters_disabled(model), pytest.raises(ValueError, match="save outside of adap"):
+        save(model, tmp_path / "a")
+    model.get_submodule(name).enabled = False
+    with pytest.raises(ValueError, match=f"'{name}' is disabled, .* set its attribute enabled"):
+        save(compiled(model), tmp_path / "a")
+    assert not [*tmp_path.iterdir()]
+    model.get_submodule(name).enabled = True
+    save(model, tmp_path / "a")
+
+
+NORMS = {
+    "batch": lambda: nn.BatchNorm1d(5),
+    "instance": lambda: nn.InstanceNorm1d(5, track_running_stats=True),
+    "no affine": lambda: nn.BatchNorm1d(5, affine=False),
+    "cumulative": lambda: nn.BatchNorm1d(5, momentum=None),
+}
+
+
+@pytest.mark.parametrize("way", ["save_trainable", "save_peft", "peft", "switch"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_running_statistics_that_moved_in_a_loop_of_ones_own_travel(norm, way, tmp_path):
+    torch.manual_seed(0)
+    layers = nn.Linear(4, 10), nn.Unflatten(1, (5, 2)), NORMS[norm](), nn.Flatten()
+    base = frozen(nn.Sequential(*layers, nn.Linear(10, 2)))
+    model, other, x = copy.deepcopy(base), copy.deepcopy(base), torch.randn(8, 4) * 3 + 1
+    inject.inject_lora(model, ["0", "4"], r=2)
+    randomised(model).train()
+    for _ in range(3):
+        model(x)
+    expected = model.eval()(x).detach()
+    if way == "save_trainable":
+        inject.inject_lora(other, ["0", "4"], r=2)
+        save_trainable(model, tmp_path / "a")
+        load_trainable(other, tmp_path / "a")
+    elif way == "switch":
+        inject.inject_lora(other, ["0", "4"], r=2)
+        switch(other, {"a": adapter_state(model)}, "a")
+    else:
+        save_peft(model, tmp_path)
+        if way == "peft":
+            other = in_peft(peft.PeftModel.from_pretrained, other, tmp_path)
+        else:
+            load_peft(other, tmp_path)
+    torch.testing.assert_close(other.eval()(x).detach(), expected)
+
+
+class Counting(nn.Module):
+    """A base that moves a buffer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x):
+        self.mean.lerp_(x.mean(0), 0.5 * self.training)
+        return self.inner(x) - self.mean
+
+
+def test_another_buffer_that_moved_is_told(tmp_path):
+    torch.manual_seed(0)
+    base = frozen(Counting())
+    model, x = copy.deepcopy(base), torch.randn(3, 4)
+    inject.inject_lora(model, ["inner"], r=2)
+    model.train()(x)
+    save_peft(model.eval(), tmp_path / "folder")
+    save_trainable(model, tmp_path / "a")
+    refused(load_peft, base, tmp_path / "folder", "belongs to another base: 'mean' differs; load")
+    other = copy.deepcopy(base)
+    inject.inject_lora(other, ["inner"], r=2)
+    refused(load_trainable, other, tmp_path / "a", "belongs to another base: 'mean' differs; load")
+    base.mean.copy_(model.mean)  # the cure: the base that it was saved from
+    load_peft(base, tmp_path / "folder")
+    assert torch.equal(base(x), model(x))
+
+
+FOUR_BIT = {
+    "LoftQ": lambda m: inject_loftq(m, [*QV, "fc1"], r=2),
+    "QLoRA": lambda m: (quantize_layers(m, QV), inject.inject_lora(m, QV, r=2)),
+}
+
+
+@pytest.mark.parametrize("kind", FOUR_BIT)
+def test_a_folder_of_a_quantised_base_is_refused_on_the_original_weights(kind, tmp_path):
+    original = tiny()
+    model = copy.deepcopy(original)
+    FOUR_BIT[kind](model)
+    save_peft(randomised(model), tmp_path)
+    match = "belongs to another base: 'blocks.0.attention.q_proj.weight' differs; load into the"
+    refused(load_peft, original, tmp_path, match)
+    for restore in (lambda m: None, dequantize_layers):  # the cure: the base it was saved from
+        base = copy.deepcopy(model)
+        surgery.unload(base)
+        restore(base)
+        load_peft(base, tmp_path)
+        torch.testing.assert_close(outputs(base), outputs(model), rtol=1e-10, atol=1e-10)
+    load_peft(original, tmp_path, check_base=False)
+    assert same(adapter_state(original), adapter_state(model))
+
+
+def test_the_base_is_the_same_under_adapters_wrappers_and_flags(tmp_path):
+    save_peft(trained("dora"), tmp_path)
+    for base in (tiny(), tiny().requires_grad_(), tiny().train()):
+        load_peft(base, tmp_path)
+    base = tiny()
+    with torch.no_grad():
+        base.head.bias.zero_()  # goes whole, so it is no part of the base
+    load_peft(base, tmp_path)
+    for spoil in (
+        lambda m: m.norm.bias[0].add_(1e-15),
+        lambda m: m.blocks[1].attention.q_proj.weight.mul_(1.5),
+        lambda m: m.embed.position.copy_(m.embed.position.flip(0)),
+    ):
+        base = tiny()
+        with torch.no_grad():
+            spoil(base)
+        refused(load_peft, base, tmp_path, "belongs to another base: '[a-z0-9_.]*' differs; load")
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "vera", "ia3", "layer_norm", "adapter"])
+def test_a_models_own_checkpoint_gives_the_model_to_a_twin_and_the_base_to_a_plain_one(
+    method, tmp_path
+):
+    model = trained(method, bert(), ["query", "value"], head=None)
+    model.save_pretrained(tmp_path)
+    base = BertForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float64)
+    assert torch.equal(outputs(base), outputs(bert()))
+    twin = prepared(method, bert(), ["query", "value"], head=None, seed=2)
+    twin.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert torch.equal(outputs(twin), outputs(model))
+
+
+@pytest.mark.parametrize("method", ["lora", "vera"])
+def test_trainers_checkpoint_is_the_model(method, tmp_path):
+    model = prepared(method, bert(), ["query", "value"], head=None)
+    rows = [{"input_ids": torch.randint(3, 30, (7,)), "labels": i % 2} for i in range(8)]
+    options = dict(save_strategy="epoch", report_to=[], use_cpu=True, disable_tqdm=True)
+    arguments = TrainingArguments(str(tmp_path), num_train_epochs=1, learning_rate=0.1, **options)
+    Trainer(model, arguments, train_dataset=rows).train()
+    twin = prepared(method, bert(), ["query", "value"], head=None, seed=2)
+    [checkpoint] = tmp_path.glob("checkpoint-*")
+    twin.load_state_dict(load_file(checkpoint / "model.safetensors"))
+    assert torch.equal(outputs(twin), outputs(model))
+    assert not torch.equal(outputs(twin), outputs(bert()))
+
+
 # ---- peft's folder
 
 
@@ -350,7 +627,7 @@ def test_what_peft_saved_computes_the_same(base, method, targets, head, tmp_path
     assert method != "rslora" or not [n for n in names if ".0." in n]
     torch.testing.assert_close(outputs(model), outputs(theirs), rtol=1e-10, atol=1e-10)
     for name, p in model.named_parameters():
-        assert p.requires_grad == files._is_own(name, names)
+        assert p.requires_grad == (p in files._added(model)), name
 
 
 class Suffixes(nn.Module):
@@ -403,15 +680,17 @@ def test_pefts_rules_for_ends_copies_and_mixed_kinds_of_layers_hold(tmp_path):
     torch.testing.assert_close(model(x), theirs(x), rtol=1e-12, atol=1e-12)
 
 
-def test_whole_names_are_listed_and_values_cast_to_the_base(tmp_path):
+def test_whole_names_are_listed_and_values_cast_to_the_model(tmp_path):
     save_peft(trained(), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["target_modules"] == [f"blocks.{i}.attention.{end}" for i in (0, 1) for end in QV]
     assert config["inference_mode"] is True and config["modules_to_save"] == ["head"]
-    model = tiny(torch.bfloat16)
-    load_peft(model, tmp_path)
-    saved = load_file(tmp_path / "adapter_model.safetensors")[KEY]
-    assert torch.equal(model.blocks[0].attention.q_proj.lora_A, saved.bfloat16())
+    model, match = tiny(torch.bfloat16), "belongs to another base: .* pass check_base=False if"
+    refused(load_peft, model, tmp_path, match)
+    load_peft(model, tmp_path, check_base=False)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert torch.equal(model.blocks[0].attention.q_proj.lora_A, saved[KEY].float())
+    assert torch.equal(model.head.weight, saved["base_model.model.head.weight"].bfloat16())
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -435,7 +714,7 @@ def test_pissa_of_peft_loads_once_converted_and_not_before(rslora, tmp_path):
 
 def two_methods():
     model = prepared(targets=["q_proj"])
-    inject.inject_dora(model, ["v_proj"], r=4)
+    inject.inject_dora(model, ["v_proj"], r=4, dropout=0.1)
     return model
 
 
@@ -472,7 +751,7 @@ def doubled():
         (lambda: prepared("prompt"), "'embed' is a PromptTuning .*wrapper for models of transform"),
         (lambda: prepared("prefix"), "is a PrefixTuning .*wrapper for models of transformers"),
         (lambda: prepared("oft", gpt2(), ["c_attn"], None), "OFT of a Conv1D: peft has no such"),
-        (two_methods, "v_proj' is .*'use_dora': True.*: peft's folder has one setting"),
+        (two_methods, "v_proj' has use_dora=True, .*: peft's folder has one use_dora, so keep"),
         (two_projections, "v_proj' was injected apart, and peft's VeRA has one projection"),
         (lambda: unfrozen("blocks.1"), "cannot train 'blocks.1.*: an adapter is in or .*blocks.1"),
         (lambda: unfrozen("embed.position", targets=["project"]), "embed.position.* or .*'embed'"),
@@ -510,7 +789,8 @@ def changed(folder, target, tensors=None, **fields):
 
 
 ASKED = [
-    ("lora", dict(bias="all", rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 2}, new="on")),
+    ("lora", dict(bias="all", new="on")),
+    ("vera", dict(rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 2})),
     ("lora", dict(layers_to_transform=0, layer_replication=[[0, 1]], trainable_token_indices=[1])),
     ("lora", dict(alora_invocation_tokens=[1], lora_bias=True, megatron_config={"a": 1})),
     ("lora", dict(layers_to_transform=[0], bias="lora_only", use_dora="y", use_qalora=True)),
@@ -535,7 +815,8 @@ def test_a_setting_that_is_not_computed_is_refused_by_name(folders, method, fiel
 @pytest.mark.parametrize(
     ("method", "fields"),
     [
-        *[("lora", {"r": r}) for r in ("4", 0, 4.0, 10**9)],
+        *[("lora", {"r": r}) for r in ("4", 0, 4.0, 10**30)],
+        *[("lora", {"rank_pattern": p}) for p in (["q_proj"], {"(": 2}, {"q_proj": "2"})],
         *[("lora", {"lora_alpha": alpha}) for alpha in ("16", 10**400)],
         *[("lora", {"target_modules": targets}) for targets in ("(", ["norm"], ["embed"])],
         ("lora", {"lora_dropout": 2.0}),
@@ -571,11 +852,11 @@ def test_left_out_fields_have_pefts_defaults(folders, tmp_path):
     [
         ({KEY: None}, "lora_A.weight' is not there in .*, but of shape .* in the model"),
         ({KEY + "2": torch.zeros(1)}, "lora_A.weight2' is of shape .* but not there in the model"),
-        ({"base_model.model.head.bias": None}, "head.bias' is not there in"),
+        ({BIAS: None}, "head.bias' is not there in"),
         ({KEY: torch.zeros(4, 15)}, r"is of shape \(4, 15\) in .*, but of shape \(4, 16\)"),
         ({KEY: torch.zeros(4, 16).long()}, "is torch.int64 in .* torch.float64 in the model"),
         ({KEY: torch.full((4, 16), float("nan"))}, "values that are no finite torch.float64"),
-        ({KEY: torch.full((4, 16), 1e6)}, "values that are no finite torch.float16"),
+        ({BIAS: torch.full((10,), 1e6)}, "values that are no finite torch.float16"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(folders, tensors, match, tmp_path):
@@ -615,3 +896,131 @@ def test_a_tied_head_of_pefts_is_refused(tmp_path):
         theirs = in_peft(peft.get_peft_model, gpt2(), config)
         theirs.save_pretrained(tmp_path)
     refused(load_peft, gpt2(), tmp_path, "'lm_head' shares a parameter, which peft's copy would")
+
+
+# ---- ranks, names, Auto classes
+
+
+def test_ranks_and_alphas_that_differ_by_layer_go_and_come_back(tmp_path):
+    model = tiny()
+    inject.inject_lora(model, ["q_proj"], r=4, lora_alpha=4)
+    inject.inject_lora(model, ["blocks.0.attention.v_proj"], r=2, lora_alpha=4)
+    inject.inject_lora(model, ["blocks.1.attention.v_proj"], r=3, lora_alpha=9)
+    inject.inject_lora(model, ["fc1"], r=2, lora_alpha=2, init="pissa")  # of rank 4 in the folder
+    save_peft(randomised(model), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert set(config["rank_pattern"]) == {f"blocks.{i}.attention.v_proj" for i in (0, 1)}
+    assert config["alpha_pattern"] == {"blocks.1.attention.v_proj": 9.0}
+    theirs = in_peft(peft.PeftModel.from_pretrained, tiny(), tmp_path)
+    again = tiny()
+    load_peft(again, tmp_path)
+    for loaded in (theirs, again):
+        torch.testing.assert_close(outputs(loaded), outputs(model), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("small", ["q", "q2.q", "q2.xq"])
+def test_a_rank_is_that_of_the_named_layer_though_its_name_ends_others(small, tmp_path):
+    torch.manual_seed(0)
+    base, x = frozen(Suffixes().double()), torch.randn(3, 4).double()
+    model = copy.deepcopy(base)
+    found = {name: model.get_submodule(name) for name in ("q", "q2.q", "q2.xq")}
+    ranks = {m: 1 if name == small else 2 for name, m in found.items()}
+    surgery.replace(model, found, lambda b: LoRA(b, ranks[b], 3.0 * ranks[b] ** 2))
+    save_peft(randomised(model), tmp_path)
+    theirs = in_peft(peft.PeftModel.from_pretrained, copy.deepcopy(base), tmp_path)
+    load_peft(base, tmp_path)
+    for loaded in (theirs, base):
+        torch.testing.assert_close(loaded(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+PATTERNS = [
+    {"v_proj": 2},
+    {r"blocks\.1\..*": 1, "q_proj": 3},
+    {r"^blocks\.0\.attention\.q_proj": 2, "q_proj|v_proj": 5},
+]
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_patterns_of_ranks_and_alphas_are_read_by_pefts_rule(pattern, rslora, tmp_path):
+    options = dict(rank_pattern=pattern, alpha_pattern={k: 7 * r for k, r in pattern.items()})
+    config = peft.LoraConfig(r=4, target_modules=QV, use_rslora=rslora, **options)
+    theirs = randomised(in_peft(peft.get_peft_model, tiny(), config))
+    theirs.save_pretrained(tmp_path)
+    model = tiny()
+    load_peft(model, tmp_path)
+    torch.testing.assert_close(outputs(model), outputs(theirs), rtol=1e-10, atol=1e-10)
+    assert hub_config._by_pattern("a.q_proj", {"q_proj$|b": 1}, 2) == 1
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_rank_above_a_layers_size_loads(dora, tmp_path):
+    config = peft.LoraConfig(r=20, target_modules=["q_proj", "head"], use_dora=dora)
+    theirs = randomised(in_peft(peft.get_peft_model, tiny(), config))
+    theirs.save_pretrained(tmp_path / "a")
+    model = tiny()
+    load_peft(model, tmp_path / "a")
+    torch.testing.assert_close(outputs(model), outputs(theirs), rtol=1e-10, atol=1e-10)
+    save_peft(model, tmp_path / "b")
+    again = tiny()
+    load_peft(again, tmp_path / "b")
+    assert same(adapter_state(again), adapter_state(model))
+
+
+@pytest.mark.parametrize("r", [6, 9, 10])
+def test_our_pissa_loads_again_where_twice_its_rank_exceeds_a_side(r, tmp_path):
+    model = tiny()
+    inject.inject_lora(model, ["head"], r=r, init="pissa")  # of shape (10, 16)
+    save_peft(randomised(model), tmp_path)
+    base = tiny()
+    load_peft(base, tmp_path)
+    torch.testing.assert_close(outputs(base), outputs(model), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", ["lora", "vera"])
+def test_auto_classes_find_the_base_of_a_folder(method, tmp_path):
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    LlamaForCausalLM(LlamaConfig(vocab_size=30, **sizes)).save_pretrained(tmp_path / "base")
+    base = frozen(LlamaForCausalLM.from_pretrained(tmp_path / "base"))
+    model = trained(method, copy.deepcopy(base), ["q_proj", "v_proj"], head=None)
+    save_peft(model, tmp_path / "adapter")
+    assert not torch.allclose(outputs(model), outputs(base), atol=1e-3)
+    kinds = [peft.AutoPeftModel, peft.AutoPeftModelForCausalLM]
+    for kind in [AutoModelForCausalLM] * (method == "lora") + kinds:
+        read = in_quiet(kind.from_pretrained, tmp_path / "adapter").eval()
+        torch.testing.assert_close(outputs(read), outputs(model))
+    config = tmp_path / "adapter" / "adapter_config.json"  # written by hand, as people do
+    fields = json.loads(config.read_text()) | {"task_type": "CAUSAL_LM", "revision": "main"}
+    config.write_text(json.dumps(fields | {"base_model_name_or_path": "elsewhere"}))
+    load_peft(base, tmp_path / "adapter")
+    assert torch.equal(outputs(base), outputs(model))
+
+
+def in_quiet(call, *args):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return call(*args)
+
+
+def test_a_model_of_ones_own_has_no_name_to_load_from(tmp_path):
+    save_peft(trained(), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] is None
+    assert config["auto_mapping"]["base_model_class"] == "TinyTransformer"
+
+
+def test_veras_projection_goes_and_is_read_under_both_keys(tmp_path):
+    model = trained("vera")
+    save_peft(model, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    found = load_file(file)
+    for end in "AB":
+        plain, old = f"base_model.vera_{end}", f"base_model.vera_{end}.default"
+        assert torch.equal(found[plain], found[old])
+    for leave in (".default", ""):
+        ends = tuple(f"vera_{end}{leave}" for end in "AB")
+        save_file({k: t for k, t in found.items() if not k.endswith(ends)}, file)
+        base = tiny()
+        load_peft(base, tmp_path)
+        assert torch.equal(outputs(base), outputs(model))

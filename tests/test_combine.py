@@ -8,6 +8,7 @@ import torch
 from peft.utils.merge_utils import ties as peft_ties
 from safetensors.torch import load_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from helpers.models import MLP, TinyTransformer
@@ -20,12 +21,14 @@ from helpers.peft import (
     inject,
     inject_lora,
     merge,
+    quantize_layers,
     save_peft,
     save_trainable,
     serving_memory,
     switch,
     task_vector,
     ties,
+    unload,
     weighted_sum,
 )
 from helpers.study import reproducible
@@ -143,22 +146,78 @@ def test_a_state_is_a_copy():
 def test_switching_refuses_before_it_changes_anything():
     model, other, fewer = lora(plain()), lora(plain(), r=2), lora(plain(), head=False)
     states = {"here": adapter_state(model), "r2": adapter_state(other), "few": adapter_state(fewer)}
+    states["plain r2"] = dict(states["r2"])
     states["32"] = {n: t.float() for n, t in states["here"].items()}
+    states["alpha"] = adapter_state(lora(plain(), lora_alpha=8))
+    states["half alpha"] = ties([weighted_sum([states["alpha"]], [0.5])], density=1)
+    states["bare"] = adapter_state(stirred(plain()))
     stirred(model)
     before = adapter_state(model)
     for name, why in {
-        "there": r"no adapter is called 'there': there are \['here', 'r2', 'few', '32'\]",
-        "r2": r"'blocks.0.attention.q_proj.lora_A' is torch.float64 of shape \(2, 8\) in 'r2', but"
-        r" torch.float64 of shape \(3, 8\) in the model",
+        "there": r"no adapter is called 'there': there are \['here', 'r2', ",
+        "r2": r"'blocks.0.attention.q_proj' is LoRA\(r=2, .* in the state 'r2', but LoRA\(r=3, ",
+        "plain r2": r"lora_A' is of shape \(2, 8\) in 'plain r2', but of shape \(3, 8\) in the",
+        "alpha": r"LoRA\(r=3, lora_alpha=8.0, .* but LoRA\(r=3, lora_alpha=16.0, .*: inject what",
+        "half alpha": r"lora_alpha=8.0, .* but .*lora_alpha=16.0, ",
+        "bare": "'blocks.0.attention.q_proj' is not adapted in the state 'bare'",
         "few": "'head.weight' is not there in 'few', but",
-        "32": "is torch.float32 of shape .* in '32', but torch.float64",
+        "32": "is torch.float32 in '32', but torch.float64 in the model: cast the wider",
     }.items():
         with pytest.raises(ValueError, match=why):
             switch(model, states, name)
     same(adapter_state(model), before, 0)
 
 
+@pytest.mark.parametrize("through", [copy.deepcopy, copy.copy, "torch.save", "sum", "ties"])
+def test_settings_stay_with_a_state(through, tmp_path):
+    model, other = lora(plain(), lora_alpha=8), lora(plain())
+    state = adapter_state(model)
+    if through == "torch.save":
+        torch.save(state, tmp_path / "a")
+        state = torch.load(tmp_path / "a", weights_only=True)
+    elif through in ("sum", "ties"):
+        state = weighted_sum([state], [1.0]) if through == "sum" else ties([state], density=1)
+    else:
+        state = through(state)
+    with pytest.raises(ValueError, match=r"lora_alpha=8.0, .* but .*16.0, .* in the model: inject"):
+        switch(other, {"": state}, "")
+    stirred(model)
+    switch(model, {"": state}, "")
+    same(adapter_state(model), dict(state), 0)
+    switch(other, {"": dict(state)}, "")  # a plain dict has no settings to compare
+
+
+def test_a_state_of_another_dtype_is_refused_and_the_cure_works():
+    narrow, wide = lora(plain()).float(), lora(plain())
+    states = {"wide": adapter_state(wide), "narrow": adapter_state(narrow)}
+    for model, name in ((narrow, "wide"), (wide, "narrow")):
+        with pytest.raises(ValueError, match=r"but torch.float\d\d in .*: cast the wider"):
+            switch(model, states, name)
+    switch(wide.float(), states, "narrow")
+    states["wide"] = {key: t.float() for key, t in states["wide"].items()}
+    switch(narrow, states, "wide")
+
+
 # --- arithmetic
+
+
+def test_a_vector_is_cast_to_its_base():
+    for dtype in (torch.bfloat16, torch.float32):
+        base = plain().to(dtype)
+        model = lora(base, LINEARS, head=False).double() if dtype == torch.float32 else lora(base)
+        vector = delta_weights(model)
+        assert {t.dtype for t in vector.values()} != {dtype}
+        there = weights(add(base, vector, 2.0))
+        for name, t in vector.items():
+            assert there[name].dtype == dtype
+            assert torch.equal(there[name], (weights(base)[name] + 2 * t).to(dtype))
+
+
+def test_vectors_of_several_dtypes_are_combined_in_that_of_the_first():
+    narrow = {name: t.float() for name, t in B.items()}
+    for combine in (lambda v: weighted_sum(v, [0.5, 0.25]), lambda v: ties(v, density=0.5)):
+        same(combine([A, narrow]), combine([A, B]), 1e-6)
+        close(combine([narrow, A])["w"], combine([B, A])["w"].float(), 1e-6)
 
 
 DELTAS = {
@@ -305,7 +364,7 @@ def test_arithmetic_refuses_what_does_not_fit():
     bottleneck, disabled, names = copy.deepcopy(base), lora(base), {"w": torch.ones(2)}
     inject.inject_adapter(bottleneck, ["fc2"], reduction_factor=4)
     next(iter(adapters(disabled).values())).enabled = False
-    tied = gpt2()
+    tied, alphas = gpt2(), [lora(base), lora(base, lora_alpha=8)]
     inject_lora(tied, ["lm_head"])
     for call, why in {
         lambda: delta_weights(bottleneck): "'blocks.0.feed_forward.fc2' is a BottleneckAdapter, wh",
@@ -318,6 +377,12 @@ def test_arithmetic_refuses_what_does_not_fit():
         lambda: weighted_sum([A, {}], [1, 1]): "one or more, none of them empty",
         lambda: weighted_sum([A, B], [1.0]): "2 vectors need as many weights, not 1",
         lambda: weighted_sum([A, names], [1, 1]): r"\(2,\) in vector 1, but .*\(2, 2\) in vector 0",
+        lambda: weighted_sum(
+            [*map(adapter_state, alphas)], [1, 1]
+        ): "alpha=8.0.* combine their delta",
+        lambda: task_vector(
+            plain().float(), base
+        ): "'embed.position' is torch.float32 in the model,",
         lambda: ties([A, {"w": A["w"]}]): "'b' is not there in vector 1, but",
         lambda: ties([A], density=0): "density=0 must be above 0, and at most 1",
         lambda: ties([A], density=1.1): "density=1.1 must be",
@@ -360,7 +425,10 @@ def test_all_that_is_trained_outside_adapters_goes_by_row():
     models = {"norms": norms, "position": position, "both": both}
     models = {name: stirred(model) for name, model in models.items()}
     models["lora"] = lora(base, ["k_proj"])  # a layer that another model has trained whole
-    names, x = [*models, None, *models], torch.randn(9, 16)
+    models["bias"] = lora(base, ["q_proj"])  # of an adapted layer
+    unfreeze(models["bias"].blocks[0].attention.q_proj.base.bias)
+    stirred(models["bias"])
+    names, x = [*models, None, *models], torch.randn(11, 16)
     close(MixedBatch(base, models)(x, names), row_by_row(base, models, x, names))
 
 
@@ -443,11 +511,10 @@ def test_a_mixed_batch_refuses_models_that_are_no_lora_of_this_base():
     wide = TinyTransformer(4, 4, d=8, n_heads=2, d_ff=12, n_classes=5)
     wide.load_state_dict({n: t for n, t in base.state_dict().items() if "head" not in n}, False)
     deeper = TinyTransformer(4, 4, d=8, n_heads=2, n_layers=3, d_ff=12, n_classes=3)
-    nested, around, bias, off = (lora(base) for _ in range(4))
+    nested, around, off = (lora(base) for _ in range(3))
     inject_lora(nested, ["project"], r=2)
     unfreeze(nested.embed.position)
     inject.inject_adapter(around, ["attention"], reduction_factor=2)
-    unfreeze(bias.blocks[0].attention.q_proj.base.bias)
     off.blocks[1].attention.v_proj.enabled = False
     frozen = lora(base)
     freeze(frozen.head)
@@ -464,8 +531,7 @@ def test_a_mixed_batch_refuses_models_that_are_no_lora_of_this_base():
         (frozen, "'head.weight' of 'x' is frozen and differs .* unfreeze it if it was trained"),
         (lora(wide), r"'head.weight' is .*\(5, 8\) in 'x', but .*\(3, 8\) in base"),
         (lora(deeper), r"'blocks.2.norm1.weight' is .* in 'x', but not there in base"),
-        (lora(base).float(), "torch.float32 .* in 'x', but torch.float64"),
-        (bias, "'blocks.0.attention.q_proj.base.bias' is .* in 'x', but not there in base"),
+        (lora(base).float(), "torch.float32 in 'x', but torch.float64 in base: cast the wider"),
     ]:
         with pytest.raises(ValueError, match=why):
             MixedBatch(base, {"a": lora(base), "x": model})
@@ -489,6 +555,44 @@ def test_a_mixed_batch_refuses_a_trained_tensor_that_cannot_go_by_row():
         MixedBatch(base, {"x": copy.deepcopy(base)})
 
 
+def test_running_statistics_go_by_row():
+    base = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
+    models, x = {}, torch.randn(8, 4)
+    for k, name in enumerate("ab"):
+        models[name] = lora(base, ["0", "3"], head=False).train()
+        models[name](x * (k + 1) + k)
+    models["plain"] = copy.deepcopy(models["a"])
+    unload(models["plain"])  # its statistics moved, and nothing else
+    names = ["a", "b", None, "plain", "b", "a", None, "plain"]
+    close(MixedBatch(base.eval(), models)(x, names), row_by_row(base, models, x, names))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_base_is_mixed_in_the_adapters_float32(dtype):
+    base = plain().to(dtype)
+    models = {"a": lora(base, LINEARS, head=False), "b": lora(base, ["q_proj", "fc1"], r=2)}
+    assert models["a"].blocks[0].attention.q_proj.lora_A.dtype == torch.float32
+    x, names = torch.randn(6, 16).to(dtype), ["a", None, "b", "b", "a", "a"]
+    mixed = MixedBatch(base, models)(x, names)
+    wanted = row_by_row(base, models, x, names)
+    assert mixed.dtype == dtype
+    close(mixed.float(), wanted.float(), 8 * torch.finfo(dtype).eps * wanted.abs().max().item())
+
+
+def test_arithmetic_and_batches_see_through_torchs_wrappers():
+    base, x, names = plain(), torch.randn(3, 16), ["a", None, "a"]
+    model = lora(base)
+    for wrap in (nn.DataParallel, AveragedModel):
+        held, around = wrap(copy.deepcopy(model)), wrap(copy.deepcopy(base))
+        same(delta_weights(held), delta_weights(model), 0)
+        same(task_vector(held, around), task_vector(model, base), 0)
+        vector = task_vector(model, base)
+        same(weights(add(around, vector)), weights(add(base, vector)), 0)
+        assert serving_memory(held, 3) == serving_memory(model, 3)
+        mixed = MixedBatch(around, {"a": held})(x, names)
+        assert torch.equal(mixed, MixedBatch(base, {"a": model})(x, names))
+
+
 # --- memory
 
 
@@ -505,3 +609,20 @@ def test_serving_memory_is_what_is_measured(n, init):
     mixed = MixedBatch(base, {str(k): model for k, model in enumerate(models)})
     tuned = [copy.deepcopy(base) for _ in range(n)]
     assert serving_memory(models[0], n) == (measured(mixed), measured(*tuned))
+
+
+@pytest.mark.parametrize("kind", ["quantised", "bfloat16", "hidden buffer"])
+def test_serving_memory_counts_what_a_base_holds(kind):
+    base = plain().float()
+    if kind == "bfloat16":
+        base = base.bfloat16()
+    if kind == "hidden buffer":
+        base.register_buffer("table", torch.zeros(1000), persistent=False)
+    restored = copy.deepcopy(base)
+    if kind == "quantised":
+        quantize_layers(base, ["q_proj", "fc1", "fc2"], block_size=8)
+        assert measured(base) < measured(restored)
+    models = [lora(base, ["q_proj", "v_proj"]) for _ in range(3)]
+    mixed = MixedBatch(base, {str(k): model for k, model in enumerate(models)})
+    tuned = [copy.deepcopy(restored) for _ in range(3)]  # in full precision: codes have no gradient
+    assert serving_memory(models[0], 3) == (measured(mixed), measured(*tuned))

@@ -4,14 +4,14 @@ A vector is a dict of tensors by parameter name: what is added to a base's param
 """
 
 import copy
-from collections import Counter
+from collections import Counter, OrderedDict
 
 import torch
 
 from helpers.peft.base import is_conv1d, matrix
-from helpers.peft.files import _split
+from helpers.peft.files import _compare, _plain, _shown, _split
 from helpers.peft.lora import DoRA
-from helpers.peft.surgery import adapters, merge
+from helpers.peft.surgery import adapters, merge, unwrapped
 
 
 def adapter_state(model):
@@ -24,35 +24,42 @@ def adapter_state(model):
     Returns
     -------
     dict of str to Tensor
+        Its attribute `settings` has the adapters' settings, which `switch` compares.
     """
-    return {name: t.detach().clone() for name, t in _split(model)[0].items()}
+    state = {name: t.detach().clone() for name, t in _split(model)[0].items()}
+    return _with_settings(state, _shown(model))
 
 
 @torch.no_grad()
 def switch(model, states, name):
     """Copy the tensors of ``states[name]`` into a model.
 
-    A state has no settings: lora_alpha, for one, stays the model's, and so does the frozen base. A
-    file of `helpers.peft.save_trainable` has them checked.
+    The frozen base stays the model's, and is not compared; a file of
+    `helpers.peft.save_trainable` has it checked.
 
     Parameters
     ----------
     model : nn.Module
         Changed in place, once all is checked.
     states : dict of str to dict of str to Tensor
-        Results of `adapter_state`, from models with the same base, adapters and unfrozen parts.
+        Results of `adapter_state`, from models with the same base, adapters and unfrozen parts, or
+        what `weighted_sum` and `ties` made of them.
     name : str
 
     Raises
     ------
     ValueError
-        If there is no such state, or its names and shapes are not the model's.
+        If there is no such state, or its adapters' settings, its names, shapes and dtypes are not
+        the model's.
     """
     if name not in states:
         raise ValueError(f"no adapter is called {name!r}: there are {list(states)}")
-    held = _split(model)[0]
-    _check_same(states[name], held, repr(name), "the model")
-    for key, t in states[name].items():
+    held, state = _split(model)[0], states[name]
+    if (settings := getattr(state, "settings", None)) is not None:
+        cure = "inject what the state was taken from"
+        _compare(f"the state {name!r}", settings, _shown(model), "not adapted", cure)
+    _check_same(state, held, repr(name), "the model")
+    for key, t in state.items():
         held[key].copy_(t)
 
 
@@ -76,6 +83,7 @@ def delta_weights(model):
         If there is no adapter, one does anything else than add to a weight, or the weight is tied
         to another layer's, which would change with it.
     """
+    model = _plain(model)
     vector, uses = {}, _uses(model)
     for name, a in adapters(model).items():
         if not hasattr(a, "delta_weight"):
@@ -109,20 +117,20 @@ def task_vector(model, base):
     Raises
     ------
     ValueError
-        If their parameters differ in names or shapes, or an adapter cannot be merged.
+        If their parameters differ in names, shapes or dtypes, or an adapter cannot be merged.
 
     References
     ----------
     Ilharco et al. (2022), section 2, arXiv:2212.04089.
     """
-    trained, before = (dict(_merged(m).named_parameters()) for m in (model, base))
+    trained, before = (dict(_merged(_plain(m)).named_parameters()) for m in (model, base))
     _check_same(trained, before, "the model", "base")
     return {n: p - before[n] for n, p in trained.items() if not torch.equal(p, before[n])}
 
 
 @torch.no_grad()
 def weighted_sum(vectors, weights):
-    """Return w_1 v_1 + ... + w_n v_n, tensor by tensor.
+    """Return w_1 v_1 + ... + w_n v_n, tensor by tensor, in the dtypes of v_1.
 
     Parameters
     ----------
@@ -136,18 +144,20 @@ def weighted_sum(vectors, weights):
     Raises
     ------
     ValueError
-        If the vectors differ in names or shapes, or there is not one weight for each.
+        If the vectors differ in names or shapes, or, as states of adapters, in their settings, or
+        there is not one weight for each.
     """
-    _check_vectors(vectors)
+    settings = _check_vectors(vectors)
     if len(weights) != len(vectors):
         raise ValueError(f"{len(vectors)} vectors need as many weights, not {len(weights)}")
     pairs = list(zip(weights, vectors, strict=True))
-    return {name: sum(w * v[name] for w, v in pairs) for name in vectors[0]}
+    summed = {n: sum(w * v[n] for w, v in pairs).to(t.dtype) for n, t in vectors[0].items()}
+    return _with_settings(summed, settings)
 
 
 @torch.no_grad()
 def ties(vectors, *, density=0.2, scale=1.0):
-    """Return scale * TIES: trim each vector, elect signs, average what agrees.
+    """Return scale * TIES in the dtypes of the first: trim vectors, elect signs, average the rest.
 
     Trim: of all entries of a vector together, only the largest magnitudes stay. Elect: an entry's
     sign is that of its sum over the vectors. Average: over the vectors that have this sign there,
@@ -168,7 +178,7 @@ def ties(vectors, *, density=0.2, scale=1.0):
     Raises
     ------
     ValueError
-        If `density` is outside (0, 1], or the vectors differ in names or shapes.
+        If `density` is outside (0, 1], or the vectors differ as in `weighted_sum`.
 
     References
     ----------
@@ -176,8 +186,7 @@ def ties(vectors, *, density=0.2, scale=1.0):
     """
     if not 0 < density <= 1:
         raise ValueError(f"density={density!r} must be above 0, and at most 1")
-    _check_vectors(vectors)
-    first = vectors[0]
+    settings, first = _check_vectors(vectors), vectors[0]
     flat = torch.stack(
         [torch.cat([v[name].flatten() for name in first]) for v in vectors]
     )  # (n, P)
@@ -188,12 +197,13 @@ def ties(vectors, *, density=0.2, scale=1.0):
     agree = (trimmed.sign() == elected) & (trimmed != 0)  # (n, P)
     mean = scale * (trimmed * agree).sum(0) / agree.sum(0).clamp(min=1)  # (P,)
     parts = mean.split([t.numel() for t in first.values()])
-    return {n: part.view_as(t) for (n, t), part in zip(first.items(), parts, strict=True)}
+    pairs = zip(first.items(), parts, strict=True)
+    return _with_settings({n: part.view_as(t).to(t.dtype) for (n, t), part in pairs}, settings)
 
 
 @torch.no_grad()
 def add(base, vector, scale=1.0):
-    """Return a copy of `base` with base + scale * vector as its parameters.
+    """Return a copy of `base` with base + scale * vector as its parameters, in their dtypes.
 
     A scale of -1 negates what the vector's model has learned.
 
@@ -217,9 +227,9 @@ def add(base, vector, scale=1.0):
     ----------
     Ilharco et al. (2022), section 2, arXiv:2212.04089.
     """
-    model = copy.deepcopy(base)
+    model = copy.deepcopy(unwrapped(base))
     parameters = {name: p for name, p in model.named_parameters() if name in vector}
-    _check_same(vector, parameters, "the vector", "base")
+    _check_same(vector, parameters, "the vector", "base", cast=True)
     for name, t in vector.items():
         parameters[name].add_(t, alpha=scale)
     return model
@@ -236,19 +246,35 @@ def _merged(model):
     return model
 
 
+def _with_settings(state, settings):
+    """Return a state with the settings as its attribute: torch's files and copies keep that."""
+    state = OrderedDict(state)
+    state.settings = settings
+    return state
+
+
 def _check_vectors(vectors):
+    """Refuse vectors that do not fit one another; return the settings of states of adapters."""
     if not vectors or not all(vectors):
         raise ValueError("vectors must be a list of one or more, none of them empty")
+    settings = [getattr(vector, "settings", None) for vector in vectors]
+    cure = "combine their delta_weights, which count lora_alpha in"
     for k, vector in enumerate(vectors):
-        _check_same(vector, vectors[0], f"vector {k}", "vector 0")
+        if None not in (settings[k], settings[0]):
+            _compare(f"vector {k}", settings[k], settings[0], "not adapted", cure, "vector 0")
+        _check_same(vector, vectors[0], f"vector {k}", "vector 0", cast=True)
+    return settings[0]
 
 
-def _check_same(first, second, a, b):
-    """Refuse two dicts of tensors that differ in names, dtypes or shapes."""
+def _check_same(first, second, a, b, *, cast=False):
+    """Refuse two dicts of tensors that differ in names, shapes or, unless they are cast, dtypes."""
+    sides = first, second
     for key in first | second:
-        one, two = (
-            f"{d[key].dtype} of shape {tuple(d[key].shape)}" if key in d else "not there"
-            for d in (first, second)
-        )
+        one, two = (f"of shape {tuple(d[key].shape)}" if key in d else "not there" for d in sides)
         if one != two:
             raise ValueError(f"{key!r} is {one} in {a}, but {two} in {b}")
+        one, two = (d[key].dtype for d in sides)
+        if one != two and not cast:
+            raise ValueError(
+                f"{key!r} is {one} in {a}, but {two} in {b}: cast the wider of the two"
+            )

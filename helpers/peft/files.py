@@ -2,43 +2,48 @@
 
 import hashlib
 import json
+import zlib
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import nn
 
 from helpers import files
-from helpers.peft.surgery import adapters
+from helpers.peft.four_bits import QuantizedLinear
+from helpers.peft.surgery import adapters, unwrapped
 
 
 def save_trainable(model, path):
     """Write what was trained, and nothing else, to a safetensors file.
 
     That is every trainable parameter, all that an adapter adds (such as VeRA's frozen projection),
-    and the buffers of modules with trainable parameters of their own. The file also holds the
-    adapters' settings and a digest of these tensors and one of the frozen base. A crash or a full
-    disk leaves the file that was there before.
+    the buffers of modules with trainable parameters of their own, and running statistics, which
+    training moves where nobody looks. The file also holds the adapters' settings, a digest of these
+    tensors and one of each tensor of the frozen base. A crash or a full disk leaves the file that
+    was there before.
 
     Parameters
     ----------
     model : nn.Module
+        Or torch's wrapper of it: compiled, data-parallel, averaged.
     path : str or Path
 
     Raises
     ------
     ValueError
-        If nothing is trainable.
+        If nothing is trainable, an adapter is disabled, or torch wraps a module within the model.
     """
+    model = _running(model)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"nothing to save: every parameter of {type(model).__name__} is frozen")
     held, base = _split(model)
-    found = {n: {"method": type(a).__name__, **a.settings} for n, a in adapters(model).items()}
-    files.write(path, _packed(held, base=_digest(base), adapters=json.dumps(found)))
+    notes = dict(base=" ".join(_digests(model, base).values()), adapters=json.dumps(_shown(model)))
+    files.write(path, _packed(held, **notes))
 
 
 @torch.no_grad()
-def load_trainable(model, path):
+def load_trainable(model, path, *, check_base=True):
     """Copy what `save_trainable` wrote into a model, bit for bit.
 
     Everything is checked before anything changes.
@@ -49,6 +54,8 @@ def load_trainable(model, path):
         The same base with the same adapters and the same unfrozen parts, on any device. Only the
         adapters' dropout may differ.
     path : str or Path
+    check_base : bool, default=True
+        Refuse a base whose frozen tensors are not those that were there, bit for bit.
 
     Raises
     ------
@@ -58,59 +65,141 @@ def load_trainable(model, path):
     tensors, notes = _read(path)
     if not {"digest", "base", "adapters"} <= notes.keys():
         raise ValueError(f"{path} was not written by save_trainable: its metadata are not there")
-    there = {name: _shown(**settings) for name, settings in json.loads(notes["adapters"]).items()}
-    here = {n: _shown(type(a).__name__, **a.settings) for n, a in adapters(model).items()}
-    _compare(path, there, here, "not adapted", "inject what was saved")
     held, base = _split(model)
-    sides = ({n: f"{t.dtype} {tuple(t.shape)}" for n, t in d.items()} for d in (tensors, held))
-    _compare(path, *sides, "not trained", "unfreeze what was trained, no more, before loading")
-    if notes["base"] != _digest(base):
-        raise ValueError(f"{path} belongs to another base: this model's frozen weights differ")
+    there = json.loads(notes["adapters"])
+    _compare(path, there, _shown(model), "not adapted", "inject what was saved")
+    cure = "unfreeze what was trained, no more, before loading"
+    _compare(path, _shapes(tensors), _shapes(held), "not trained", cure)
+    dtypes = ({name: t.dtype for name, t in side.items()} for side in (tensors, held))
+    _compare(path, *dtypes, None, "load into a model of the file's dtype, and cast it afterwards")
+    if check_base:
+        _check_base(path, notes["base"], _digests(model, base))
     for name, t in tensors.items():
         held[name].copy_(t)
 
 
+def _plain(model):
+    """Return the model that torch's wrappers hold; refuse one that holds a part of it."""
+    model = unwrapped(model)
+    names = {m: name for name, m in model.named_modules()}
+    for m, name in names.items():
+        if unwrapped(m) is not m:
+            raise ValueError(
+                f"{name!r} is a {type(m).__name__} inside the model: put back what it holds,"
+                f" model.set_submodule({name!r}, model.get_submodule({names[unwrapped(m)]!r}))"
+            )
+    return model
+
+
+def _running(model):
+    """Return the plain model; refuse disabled adapters, which would come back enabled."""
+    model = _plain(model)
+    for name, a in adapters(model).items():
+        if not a.enabled:
+            raise ValueError(
+                f"{name!r} is disabled, and a file would enable it: save outside of"
+                " adapters_disabled, or set its attribute enabled to True"
+            )
+    return model
+
+
 def _split(model):
-    """Return the tensors that a file holds, and those of the base under their plain names."""
-    found = sorted(adapters(model), key=len, reverse=True)  # an inner one before its outer one
-    lasting, held, base = model.state_dict(keep_vars=True), {}, {}
-    for name, t in [*model.named_parameters(), *model.named_buffers()]:
-        owner = model.get_submodule(name.rpartition(".")[0])
-        trained = any(p.requires_grad for p in owner.parameters(recurse=False))
-        if t.requires_grad or _is_own(name, found) or (trained and not isinstance(t, nn.Parameter)):
-            held[name] = t
-        elif name in lasting:
-            for adapter in found:
-                if name.startswith(f"{adapter}.base."):
-                    name = adapter + name.removeprefix(f"{adapter}.base")
-            base[name] = t
-    return {name: t for name, t in held.items() if name in lasting}, base
+    """Return the tensors that a file holds, and those of the base, by their names in the state."""
+    model = _plain(model)
+    mine = _added(model) | _statistics(model) | {p for p in model.parameters() if p.requires_grad}
+    for m in model.modules():
+        trained = any(p.requires_grad for p in m.parameters(recurse=False))
+        if trained and not isinstance(m, QuantizedLinear):  # whose codes are the base's
+            mine.update(m.buffers(recurse=False))
+    found = _state(model)
+    held = {name: t for name, t in found.items() if t in mine}
+    return held, {name: t for name, t in found.items() if t not in mine}
 
 
-def _is_own(name, found):
-    """Whether a tensor is an adapter's own and not its base's."""
-    return any(name.startswith(f"{a}.") and not name.startswith(f"{a}.base.") for a in found)
+def _state(model):
+    """Return the tensors of a model's state, tied ones once."""
+    found = {}
+    for name, t in model.state_dict(keep_vars=True).items():
+        if isinstance(t, torch.Tensor):
+            found.setdefault(t, name)
+    return {name: t for t, name in found.items()}
 
 
-def _shown(method, dropout=None, **settings):
-    return f"{method}({', '.join(f'{key}={value}' for key, value in settings.items())})"
+def _added(model):
+    """Return the tensors that are adapters' own and not their bases'."""
+    return set().union(*(_tensors(a) - _tensors(a.base) for a in adapters(model).values()))
 
 
-def _compare(path, there, here, lack, cure):
+def _statistics(model):
+    """Return the running statistics, which move though nothing is trained."""
+    norms = (m for m in model.modules() if m._buffers.get("running_mean") is not None)
+    return set().union(*(m.buffers(recurse=False) for m in norms))
+
+
+def _tensors(module):
+    return {*module.parameters(), *module.buffers()}
+
+
+def _shown(model):
+    """Return the settings of adapters that must agree; dropout acts in training alone."""
+    out = {}
+    for name, a in adapters(unwrapped(model)).items():
+        settings = (f"{key}={value}" for key, value in a.settings.items() if key != "dropout")
+        out[name] = f"{type(a).__name__}({', '.join(settings)})"
+    return out
+
+
+def _shapes(tensors):
+    return {name: f"of shape {tuple(t.shape)}" for name, t in tensors.items()}
+
+
+def _compare(path, there, here, lack, cure, of="the model"):
     """Refuse the first name whose description in the file is not the model's."""
     for name in here | there:
         a, b = there.get(name, lack), here.get(name, lack)
         if a != b:
-            raise ValueError(f"{name!r} is {a} in {path}, but {b} in the model: {cure}")
+            raise ValueError(f"{name!r} is {a} in {path}, but {b} in {of}: {cure}")
+
+
+def _digests(model, tensors):
+    """Return eight digits for each tensor of a base, a four-bit weight being what it stands for."""
+    four = {m.scales: m for m in unwrapped(model).modules() if isinstance(m, QuantizedLinear)}
+    codes, out = {b for m in four.values() for b in m.buffers()}, {}
+    for name, t in tensors.items():
+        if t in four:
+            name, t = name.removesuffix("scales") + "weight", four[t].weight
+        elif t in codes or t.is_meta:
+            continue
+        out[name] = f"{zlib.crc32(_bytes(t), zlib.crc32(_label(name, t))):08x}"
+    return out
+
+
+def _check_base(path, note, here):
+    """Refuse a base with other digits than those that a file has noted."""
+    there = note.split()
+    odd = [f"{name!r} differs" for name, digits in here.items() if digits not in there]
+    if odd or len(here) != len(there):
+        what = odd[0] if odd else f"{len(there)} tensors were frozen, not {len(here)}"
+        raise ValueError(
+            f"{path} belongs to another base: {what}; load into the base that it was saved from, or"
+            " pass check_base=False if this is it in another dtype or number of bits"
+        )
 
 
 def _digest(tensors, **notes):
     sha = hashlib.sha256(json.dumps(notes, sort_keys=True).encode())
     for name in sorted(tensors):
-        t = tensors[name].detach().cpu().contiguous()
-        sha.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
-        sha.update(t.flatten().view(torch.uint8).numpy())
+        sha.update(_label(name, tensors[name]))
+        sha.update(_bytes(tensors[name]))
     return sha.hexdigest()
+
+
+def _label(name, t):
+    return f"{name} {t.dtype} {tuple(t.shape)}\n".encode()
+
+
+def _bytes(t):
+    return t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
 def _packed(tensors, **notes):
@@ -121,6 +210,8 @@ def _packed(tensors, **notes):
 
 
 def _read(path):
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder: load_trainable reads a file, load_peft a folder")
     try:
         with safe_open(path, "pt") as file:
             notes = file.metadata() or {}

@@ -2,8 +2,6 @@
 
 import copy
 import json
-import math
-import re
 from collections import Counter
 from pathlib import Path
 
@@ -11,61 +9,73 @@ import torch
 from torch import nn
 
 from helpers import files
-from helpers.peft.base import check_linear, is_conv1d
-from helpers.peft.files import _compare, _is_own, _packed, _read
-from helpers.peft.layers import IA3, OFT, PrefixTuning, PromptTuning, Tuned
+from helpers.peft.base import _like, check_linear
+from helpers.peft.files import (
+    _added,
+    _check_base,
+    _compare,
+    _digests,
+    _packed,
+    _plain,
+    _read,
+    _running,
+    _shapes,
+    _state,
+    _statistics,
+    _tensors,
+)
+from helpers.peft.hub_config import (
+    PATTERNS,
+    _asked,
+    _by_pattern,
+    _check_settings,
+    _config,
+    _copied,
+    _fits,
+    _in_peft,
+    _pattern,
+    _read_config,
+    _targets,
+)
+from helpers.peft.layers import IA3, OFT, Tuned
 from helpers.peft.lora import DoRA, LoRA, Projection, VeRA
 from helpers.peft.surgery import adapters, replace
 
-# Settings in an adapter_config.json that may be left out, with peft's defaults
-DEFAULTS = {
-    "LORA": dict(r=8, lora_alpha=8.0, lora_dropout=0.0, use_rslora=False, use_dora=False),
-    "VERA": dict(r=256, d_initial=0.1),
-    "IA3": {},
-    "OFT": dict(oft_block_size=32, use_cayley_neumann=True),
-    "LN_TUNING": {},
-}
-
-# Fields that name modules, and fields that change no output: they describe, tell how the values
-# that are overwritten were drawn, or add to a field that is refused
-NAMING = ("target_modules", "exclude_modules", "modules_to_save", "feedforward_modules")
-
-IDLE = (
-    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
-    *("revision", "inference_mode", "init_lora_weights", "init_weights", "init_ia3_weights"),
-    *("projection_prng_key", "megatron_core", "qalora_group_size", "runtime_config", "eps"),
-    "num_cayley_neumann_terms",
-)
+SHARED = ("base_model.vera_A", "base_model.vera_B")  # older peft reads them with .default behind
 
 
 @torch.no_grad()
 def save_peft(model, folder):
     """Write a folder from which ``peft.PeftModel.from_pretrained(base, folder)`` is this model.
 
-    LoRA, rsLoRA, DoRA, VeRA, (IA)3, OFT and LayerNorm tuning go as they are. PiSSA goes as the
-    equal LoRA of rank 2r, s [B, -B0] [A; A0], whose dropout also acts on the input of A0. Modules
-    that are trained outside the adapters, such as a head, go whole.
+    LoRA, rsLoRA, DoRA, VeRA, (IA)3, OFT and LayerNorm tuning go as they are, ranks and alphas of
+    LoRA layer by layer. PiSSA goes as the equal LoRA of rank 2r, s [B, -B0] [A; A0], whose dropout
+    also acts on the input of A0. Modules that are trained outside the adapters, such as a head, go
+    whole, and so do running statistics. Our metadata hold a digest of the rest of the base.
 
-    On a base that `helpers.peft.quantize_layers` changed, the folder belongs to that base after
-    `helpers.peft.dequantize_layers`, not to the original weights: what A and B learned makes up
-    for rounding, too, and LoftQ's start is made of it.
+    On a base that `helpers.peft.quantize_layers` changed, the folder belongs to that base, also
+    after `helpers.peft.dequantize_layers`, not to the original weights: what A and B learned makes
+    up for rounding, too, and LoftQ's start is made of it.
 
     Parameters
     ----------
     model : nn.Module
+        Or torch's wrapper of it: compiled, data-parallel, averaged.
     folder : str or Path
         Gets adapter_config.json and adapter_model.safetensors.
 
     Raises
     ------
     ValueError
-        If peft has no such layer, two layers differ in method or settings, or a parameter is
-        trained where peft would not copy it, or not it alone.
+        If peft has no such layer, two layers differ in what peft keeps once, a parameter is
+        trained where peft would not copy it, or not it alone, an adapter is disabled, or torch
+        wraps a module within the model.
 
     References
     ----------
     https://huggingface.co/docs/peft/developer_guides/checkpoint
     """
+    model = _running(model)
     names, copied = list(adapters(model)), _trained_modules(model)
     if not names:
         raise ValueError(f"no adapter in {type(model).__name__}: save_trainable keeps a head alone")
@@ -73,7 +83,8 @@ def save_peft(model, folder):
     modules = [name for name, _ in model.named_modules() if not name.startswith(inside)]
     if others := [name for name in _copied(modules, copied) if name not in copied]:
         raise ValueError(f"with {copied} peft would copy {others[0]!r}, too: rename one of them")
-    config = _config(model) | dict(inference_mode=True, modules_to_save=copied or None)
+    config = _config(model) | _origin(model)
+    config |= dict(inference_mode=True, modules_to_save=copied or None)
     exact = _targets(config | {"target_modules": names}, modules) == names
     config["target_modules"] = names if exact else _pattern(names)
     if config["peft_type"] == "IA3":
@@ -81,15 +92,15 @@ def save_peft(model, folder):
         exact = [name for name in names if name.endswith(tuple(inputs))] == inputs
         config["feedforward_modules"] = inputs if exact else _pattern(inputs)
     text = json.dumps(config, indent=2, sort_keys=True)
-    data = _packed(_layout(model, copied), config=text)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    files.write(folder / "adapter_model.safetensors", data)
-    files.write(folder / "adapter_config.json", text.encode())
+    tensors = _layout(model, copied)
+    tensors |= {f"{key}.default": tensors[key] for key in SHARED if key in tensors}
+    data = _packed(tensors, config=text, base=" ".join(_rest(model, copied).values()))
+    files.write(Path(folder, "adapter_model.safetensors"), data)
+    files.write(Path(folder, "adapter_config.json"), text.encode())
 
 
 @torch.no_grad()
-def load_peft(model, folder):
+def load_peft(model, folder, *, check_base=True):
     """Put the adapters of a folder from `save_peft` or peft into a model, and copy all its values.
 
     Values are cast to the model's dtype, as peft does. What else is trained stays the caller's:
@@ -98,9 +109,12 @@ def load_peft(model, folder):
     Parameters
     ----------
     model : nn.Module
-        The plain base.
+        The plain base, not yet compiled, data-parallel or averaged.
     folder : str or Path
         With adapter_config.json and adapter_model.safetensors.
+    check_base : bool, default=True
+        Refuse a base whose tensors are not those that were there, bit for bit. That is known of a
+        folder from `save_peft` alone.
 
     Returns
     -------
@@ -113,82 +127,48 @@ def load_peft(model, folder):
         If one of the two files is missing.
     ValueError
         If a setting asks for what is not computed here, or the tensors fit neither settings nor
-        model, or are not finite.
+        model, or are not finite, or the base is another one.
     """
     path, weights = (Path(folder, f"adapter_{n}") for n in ("config.json", "model.safetensors"))
+    if Path(folder).is_file():
+        raise ValueError(f"{folder} is a file: load_peft reads a folder, load_trainable a file")
     if not weights.exists() and weights.with_suffix(".bin").exists():
         raise ValueError(f"{folder} holds a pickle, which can run code: save it as safetensors")
-    text = path.read_text(encoding="utf-8")
+    data = path.read_bytes()
     tensors, notes = _read(weights)
-    if notes.get("config", text) != text:
-        raise ValueError(f"{path} is not the one that {weights.name} was written with")
+    if _plain(model) is not model:
+        kind = type(model).__name__
+        raise ValueError(f"a {kind} holds the model: load into the model in it, then wrap it again")
     for name in adapters(model):
         raise ValueError(f"{name!r} has an adapter: load into the plain base")
     empty = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
     twin = copy.deepcopy(model, empty | {id(b): b.to("meta") for b in model.buffers()})
     try:  # on a twin without data
-        config = _read_config(text)
+        config = _read_config(data)
         copied = _install(twin, config)
         _check_settings(config, twin)
     except Exception as error:
         raise ValueError(f"{path}: {error}") from error
+    if "config" in notes and _asked(notes["config"]) != _asked(data):
+        raise ValueError(f"{path} is not the one that {weights.name} was written with")
+    tensors = _completed(tensors, model, copied)
     wanted = _layout(twin, copied)
-    sides = ({k: f"of shape {tuple(t.shape)}" for k, t in d.items()} for d in (tensors, wanted))
-    _compare(weights, *sides, "not there", "its settings and the model must fit its tensors")
-    for key, t in tensors.items():
-        dtype = wanted[key].dtype
-        if t.dtype != dtype and not (t.is_floating_point() and dtype.is_floating_point):
-            raise ValueError(f"{key!r} is {t.dtype} in {weights}, but {dtype} in the model")
-        if not t.to(dtype).isfinite().all():
-            raise ValueError(f"{key!r} in {weights} has values that are no finite {dtype}")
+    cure = "its settings and the model must fit its tensors"
+    _compare(weights, _shapes(tensors), _shapes(wanted), "not there", cure)
+    if check_base and "base" in notes:
+        _check_base(folder, notes["base"], _rest(model, copied))
+    _check_values(weights, tensors, wanted)
     _install(model, config)
     for key, t in _layout(model, copied).items():
         t.copy_(tensors[key])
     return list(adapters(model))
 
 
-def _in_peft(name, a):
-    """Return an adapter's fields of peft's config and its tensors, which are views if they can."""
-    s, why = a.settings, "peft has no such layer"
-    if isinstance(a, LoRA):
-        A, B, r, alpha = a.lora_A, a.lora_B, s["r"], s["lora_alpha"]
-        if s["init"] == "pissa":
-            A, B, r = torch.cat([A, a.start_A]), torch.cat([B, -a.start_B], 1), 2 * r
-            alpha *= math.sqrt(2) if s["rslora"] else 2  # the same s
-        fields = dict(peft_type="LORA", r=r, lora_alpha=alpha, lora_dropout=s["dropout"])
-        fields |= dict(use_rslora=s["rslora"], use_dora=isinstance(a, DoRA), bias="none")
-        magnitude = {"lora_magnitude_vector": a.magnitude} if fields["use_dora"] else {}
-        return fields, {"lora_A.weight": A, "lora_B.weight": B} | magnitude
-    if isinstance(a, VeRA):
-        fields = dict(peft_type="VERA", **s, vera_dropout=0.0, bias="none", save_projection=True)
-        return fields, {"vera_lambda_b": a.lambda_b, "vera_lambda_d": a.lambda_d}
-    if isinstance(a, IA3):
-        shape = (1, -1) if s["feedforward"] else (-1, 1)
-        return dict(peft_type="IA3"), {"ia3_l": a.ia3_l.view(shape)}
-    if isinstance(a, OFT) and not is_conv1d(a.base):
-        fields = dict(peft_type="OFT", r=0, oft_block_size=s["block_size"], bias="none")
-        fields |= dict(use_cayley_neumann=False, module_dropout=0.0)
-        return fields, {"oft_R.weight": a.oft_R}
-    if isinstance(a, Tuned) and set(s["names"]) == set(a.base.state_dict()):
-        tensors = {f"ln_tuning_layers.{key}": p for key, p in a.tuned().items()}
-        return dict(peft_type="LN_TUNING"), tensors
-    if isinstance(a, PromptTuning | PrefixTuning):
-        why = "peft has it in a wrapper for models of transformers, not in a layer"
-    raise ValueError(f"{name!r} is a {type(a).__name__} of a {type(a.base).__name__}: {why}")
-
-
-def _config(model):
-    """Return the fields of peft's config on which all adapters agree."""
-    found = adapters(model)
-    (first, fields), *others = ((name, _in_peft(name, a)[0]) for name, a in found.items())
-    for name, other in others:
-        if other != fields:
-            raise ValueError(
-                f"{name!r} is {other}, {first!r} {fields}: peft's folder has one setting"
-            )
-    if fields["peft_type"] in ("LORA", "VERA", "IA3"):
-        fields["fan_in_fan_out"] = any(is_conv1d(a.base) for a in found.values())
-    return fields
+def _origin(model):
+    """Return the fields that tell peft's and transformers' Auto classes what to load first."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    kind = dict(base_model_class=type(model).__name__, parent_library=type(model).__module__)
+    return dict(base_model_name_or_path=str(name) if name else None, auto_mapping=kind)
 
 
 def _layout(model, copied):
@@ -206,15 +186,48 @@ def _layout(model, copied):
         if any(uses[id(p)] > 1 for p in module.parameters()):
             raise ValueError(f"{name!r} shares a parameter, which peft's copy would untie")
         out |= {f"base_model.model.{name}.{key}": t for key, t in module.state_dict().items()}
-    return out
+    return out | _moving(model, copied)
+
+
+def _moving(model, copied):
+    """Return the running statistics outside the modules that go whole, by peft's keys."""
+    whole = tuple(f"{name}." for name in copied)
+    found = {n: t for n, t in _state(model).items() if t in _statistics(model)}
+    return {f"base_model.model.{n}": t for n, t in found.items() if not n.startswith(whole)}
+
+
+def _rest(model, copied):
+    """Return the digests of what a folder does not hold: the base, less what goes whole."""
+    gone = [_added(model), _statistics(model), *(_tensors(model.get_submodule(n)) for n in copied)]
+    gone = set().union(*gone)
+    return _digests(model, {name: t for name, t in _state(model).items() if t not in gone})
+
+
+def _completed(tensors, model, copied):
+    """Return a folder's tensors under one name each, with running statistics that it may lack."""
+    named = {
+        key.removesuffix(".default") if key[:-8] in SHARED else key: tensors[key]
+        for key in sorted(tensors, reverse=True)
+    }
+    return _moving(model, copied) | named
+
+
+def _check_values(path, tensors, wanted):
+    """Refuse values that the model's dtypes cannot hold."""
+    for key, t in tensors.items():
+        dtype = wanted[key].dtype
+        if t.dtype != dtype and not (t.is_floating_point() and dtype.is_floating_point):
+            raise ValueError(f"{key!r} is {t.dtype} in {path}, but {dtype} in the model")
+        if not t.to(dtype).isfinite().all():
+            raise ValueError(f"{key!r} in {path} has values that are no finite {dtype}")
 
 
 def _trained_modules(model):
     """Return the outermost modules that are trained outside the adapters."""
-    found, owners = adapters(model), []
+    found, own, owners = adapters(model), _added(model), []
     for name, p in model.named_parameters():
         owner = name.rpartition(".")[0]
-        if not p.requires_grad or _is_own(name, found):
+        if not p.requires_grad or p in own:
             continue
         if any(a.startswith(owner and f"{owner}.") or owner.startswith(f"{a}.") for a in found):
             place = owner or "the model itself"
@@ -222,48 +235,6 @@ def _trained_modules(model):
         if not any(f"{owner}.".startswith(f"{o}.") for o in owners):
             owners.append(owner)
     return owners
-
-
-def _pattern(names):
-    return "|".join(map(re.escape, names))
-
-
-def _fits(wanted, name, dot="."):
-    """Peft's rule: a regular expression of the whole name, or a list of ends of it."""
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, name)
-    return any(f"{dot}{name}".endswith(f"{dot}{end}") for end in wanted or [])
-
-
-def _copied(modules, ends):
-    return [name for name in modules if name and _fits(list(ends or []), name, dot="")]
-
-
-def _targets(config, modules):
-    """Return the modules that peft adapts: those that fit, are not excluded and not copied."""
-    inside = "|".join(config["modules_to_save"] or [])
-    return [
-        name
-        for name in modules
-        if _fits(config["target_modules"], name)
-        and not _fits(config.get("exclude_modules"), name)
-        and not (inside and re.match(rf"(^|.*\.)({inside})($|\..*)", name))
-    ]
-
-
-def _read_config(text):
-    """Return the fields of an adapter_config.json, with peft's defaults for those left out."""
-    config = json.loads(text)
-    kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind not in DEFAULTS:
-        raise ValueError(f"peft_type={kind!r} is not computed here, only {', '.join(DEFAULTS)}")
-    init = config.get("init_lora_weights", True)
-    if init not in (True, False, "gaussian", "orthogonal"):
-        raise ValueError(
-            f"init_lora_weights={init!r} may belong to a base that it changed: let peft save it"
-            " with path_initial_model_for_weight_conversion, as a plain LoRA"
-        )
-    return dict.fromkeys(NAMING) | DEFAULTS[kind] | config
 
 
 def _install(model, config):
@@ -275,19 +246,21 @@ def _install(model, config):
     shared = {b for name, b in found.items() if _fits(config["feedforward_modules"], name, dot="")}
     if config["peft_type"] == "VERA":
         d_in, d_out = map(max, zip(*map(check_linear, found.values()), strict=True))
-        like = next(iter(found.values())).weight
+        like = _like(next(iter(found.values())))
         A, B = like.new_empty(config["r"], d_in), like.new_empty(d_out, config["r"])
         shared = Projection(A, B)
-    replace(model, found, lambda base: _adapter(base, config, shared))
+    names = {base: name for name, base in found.items()}
+    replace(model, found, lambda base: _adapter(names[base], base, config, shared))
     return _copied(modules, config["modules_to_save"])
 
 
-def _adapter(base, config, shared):
+def _adapter(name, base, config, shared):
     if config["peft_type"] == "LORA":
+        r, alpha = (_by_pattern(name, config[p] or {}, config[key]) for key, p in PATTERNS.items())
         method = DoRA if config["use_dora"] else LoRA
         options = dict(rslora=config["use_rslora"], dropout=config["lora_dropout"])
         options |= dict(generator=torch.Generator())  # torch's global stream stays as it was
-        return method(base, config["r"], config["lora_alpha"], **options)
+        return method(base, r, alpha, **options)
     if config["peft_type"] == "VERA":
         return VeRA(base, shared, d_initial=config["d_initial"])
     if config["peft_type"] == "IA3":
@@ -295,16 +268,3 @@ def _adapter(base, config, shared):
     if config["peft_type"] == "OFT":
         return OFT(base, config["oft_block_size"])
     return Tuned(base, [name for name, _ in base.named_parameters()])
-
-
-def _check_settings(config, model):
-    """Refuse a field that asks for another computation than that of the model's adapters."""
-    ours, conv1d = _config(model), {is_conv1d(a.base) for a in adapters(model).values()}
-    for field, value in config.items():
-        unset = value is None or value is False or value in ("", [], {})
-        same = value == ours[field] if field in ours else unset or field in (*NAMING, *IDLE)
-        if field == "fan_in_fan_out" and len(conv1d) == 2:
-            continue  # peft's value is that of the last layer
-        if not same or (isinstance(value, float) and not math.isfinite(value)):
-            here = f"it is {ours[field]!r} here" if field in ours else "it is not computed here"
-            raise ValueError(f"{field}={value!r}: {here}")

@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from helpers.peft.arithmetic import _check_same, _uses
-from helpers.peft.files import _split
+from helpers.peft.files import _added, _plain, _split, _tensors
+from helpers.peft.four_bits import QuantizedLinear
 from helpers.peft.lora import LoRA
 from helpers.peft.surgery import adapters, replace
 from helpers.training import freeze
@@ -18,7 +19,7 @@ class MixedBatch(nn.Module):
 
     The weights of `base` are shared with it. Copied from each model are A and s B, padded with
     zeros to the largest rank, and the modules trained outside adapters, such as a head. It is for
-    inference: nothing has a gradient, and dropout is off.
+    inference: nothing has a gradient, dropout is off, and running statistics are each model's own.
 
     Parameters
     ----------
@@ -44,6 +45,7 @@ class MixedBatch(nn.Module):
         super().__init__()
         if not models or None in models:
             raise ValueError("models must hold one model or more by name; None is the plain base")
+        base, models = _plain(base), {name: _plain(model) for name, model in models.items()}
         for name in adapters(base):
             raise ValueError(f"{name!r} of base has an adapter: pass the plain model")
         there = {key: t for tensors in _split(base) for key, t in tensors.items()}
@@ -120,10 +122,11 @@ class _PerRow(nn.Module):
             if mine.any():
                 y[mine] = version(x[mine])
         if self.A is not None:
-            A, B = self.A[self.rows].to(y.dtype), self.B[self.rows].to(y.dtype)
-            x = x.reshape(len(x), -1, x.shape[-1]).to(y.dtype)  # (B, T, in)
+            A, B = self.A[self.rows], self.B[self.rows]  # (B, r, in), (B, r, out)
+            x = x.reshape(len(x), -1, x.shape[-1]).to(A.dtype)  # (B, T, in)
             h = torch.bmm(A, x.mT)  # (B, r, T): quicker than (B, T, r), as in AddLowRank
-            y.view(len(x), -1, y.shape[-1]).baddbmm_(h.mT, B)
+            rows = y.view(len(x), -1, y.shape[-1]).to(A.dtype)  # (B, T, out)
+            y = torch.baddbmm(rows, h.mT, B).view_as(y).to(y.dtype)
         return y
 
 
@@ -131,7 +134,8 @@ def serving_memory(model, n):
     """Return the bytes of a `MixedBatch` of n models like this one, and of n fine-tuned models.
 
     The first holds the base once, each model's trained modules, and n + 1 pairs of A and s B for
-    each layer, one of which is the plain base's zeros.
+    each layer, one of which is the plain base's zeros. Fine-tuned models hold no codes of four
+    bits, which nothing can train, but the weights that these stand for.
 
     Parameters
     ----------
@@ -143,11 +147,15 @@ def serving_memory(model, n):
     -------
     mixed, fine_tuned : int
     """
-    loras, trained, frozen = _parts("the model", model)
+    model = _plain(model)
+    loras, trained, _ = _parts("the model", model)
     pairs = sum(t.nbytes for a in loras.values() for t in _low_rank(a))
     outside = sum(t.nbytes for t in trained.values())
-    base = outside + sum(t.nbytes for t in frozen.values())
-    return base + (n + 1) * pairs + n * outside, n * base
+    base = sum(t.nbytes for t in _tensors(model) - _added(model))
+    four = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    codes = sum(b.nbytes for m in four for b in m.buffers())
+    weights = sum(m.like.element_size() * m.in_features * m.out_features for m in four)
+    return base + (n + 1) * pairs + n * outside, n * (base - codes + weights)
 
 
 def _parts(name, model):
@@ -158,7 +166,8 @@ def _parts(name, model):
             kind = type(a).__name__ if a.enabled else "disabled"
             raise ValueError(f"{layer!r} of {name!r} is {kind}: only enabled LoRA can be mixed")
     held, frozen = _split(model)
-    trained = {key: t for key, t in held.items() if key.rpartition(".")[0] not in loras}
+    added = _added(model)
+    trained = {key: t for key, t in held.items() if t not in added}
     for key, t in trained.items():
         if "." not in key or uses[t] > 1:
             why = "belongs to no module below the model" if "." not in key else "is tied to another"
