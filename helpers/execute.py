@@ -1,185 +1,67 @@
 """Headless runs: `python -m helpers.execute NOTEBOOKS`, the command behind `make execute`."""
 
 import argparse
-import ast
-import base64
-import io
 import os
 import re
 import subprocess
 import sys
 import tempfile
-import tokenize
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
 
-from helpers import files
+from helpers import files, stored
+from helpers.stored import NotebookError, canonical, faults, parameters, parse_parameters
 
-TAGS = {"parameters", "raises-exception", "solution"}
-TRACES = re.compile(r"/(?:home|root|tmp|Users)/\S+|\b0x[0-9a-f]{6,}\b")  # of one machine
-DRAWS = re.compile(r"\bplt\.show\(")
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+# what a user's environment says to Python, IPython, Jupyter and matplotlib about their behaviour
+FOREIGN = re.compile(
+    r"PYTHON(STARTUP|WARNINGS|OPTIMIZE|INSPECT|VERBOSE|DEBUG|DEVMODE|BREAKPOINT)|IPYTHON|JUPYTER|JPY_"
+    r"|MPLBACKEND$|MATPLOTLIBRC$|COLUMNS$|LINES$|NO_COLOR$|FORCE_COLOR$"
+)
+# read by the kernel before any cell: a crash is told to its log; what libraries log or warn of when
+# they are imported is no output; matplotlib's settings come from the empty file in our folder,
+# while the user's cache of fonts stays in use
+PROFILE = """
+import faulthandler, logging, os, traceback, warnings
+faulthandler.enable(open(os.dup(2), "w"), all_threads=False)
+def importing():
+    return any(f.f_code.co_name == "_find_and_load" for f, _ in traceback.walk_stack(None))
+show = warnings.showwarning
+warnings.showwarning = lambda *told, **more: importing() or show(*told, **more)
+logging.lastResort.addFilter(lambda record: not importing())
+here, theirs, ours = os.getcwd(), os.environ.get("MPLCONFIGDIR"), os.environ["IPYTHONDIR"]
+os.environ["MPLCONFIGDIR"] = ours
+os.chdir(ours)
+import matplotlib
+matplotlib.get_configdir()  # remembered
+os.chdir(here)
+del os.environ["MPLCONFIGDIR"]
+os.environ.update({"MPLCONFIGDIR": theirs} if theirs else {})
+"""
 
 
-class NotebookError(Exception):
-    """A notebook, or a request about one, that cannot be accepted; the message says why."""
-
-
-def parameters(nb):
-    """List what can be set from outside: the assignments of the cell tagged ``parameters``.
-
-    Parameters
-    ----------
-    nb : NotebookNode
-
-    Returns
-    -------
-    dict of str to tuple of (default, str)
-        Name to default value and meaning, the comment behind the assignment.
-
-    Raises
-    ------
-    NotebookError
-        If several cells carry the tag, or an assignment is not ``name = literal``.
-    """
-    tagged = [c for c in nb.cells if "parameters" in c.metadata.get("tags", [])]
-    if len(tagged) > 1:
-        raise NotebookError(f"{len(tagged)} cells are tagged 'parameters', expected one")
-    source = tagged[0].source if tagged else ""
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
-    found = {}
-    for node in ast.parse(source).body:
-        try:
-            (target,) = node.targets
-            found[target.id] = ast.literal_eval(node.value), comments.get(node.end_lineno, "")
-        except (AttributeError, ValueError) as error:
-            line = source.splitlines()[node.lineno - 1]
-            raise NotebookError(f"parameter line {line!r} is not 'name = literal'") from error
-    return found
-
-
-def parse_parameters(nb, pairs):
-    """Turn the texts of ``-p name value`` into values of their defaults' types.
+def clean_environment(folder):
+    """Return an environment for a kernel that no configuration of a user or machine reaches.
 
     Parameters
     ----------
-    nb : NotebookNode
-    pairs : list of (name, text)
+    folder : str or Path
+        An empty folder; IPython's configuration is written there, and must outlive the kernel.
 
     Returns
     -------
-    dict of str to object
-
-    Raises
-    ------
-    NotebookError
-        If a name is unknown (papermill would run code hidden in it) or a text has another type.
+    dict of str to str
     """
-    known, values = parameters(nb), {}
-    for name, text in pairs:
-        if name not in known:
-            raise NotebookError(f"unknown parameter {name!r}; known are {', '.join(known)}")
-        kind = type(known[name][0])
-        try:
-            value = text if kind is str else ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError):
-            value = None
-        if kind is float and type(value) is int:
-            value = float(value)
-        if type(value) is not kind:
-            raise NotebookError(
-                f"parameter {name} = {text!r} is not of type {kind.__name__}, as its default"
-                f" {known[name][0]!r} is"
-            )
-        values[name] = value
-    return values
-
-
-def canonical(nb):
-    """Return the text of a notebook with nothing in it that differs from run to run.
-
-    Execution counts are 1..n, cells keep their ids, sources, outputs and tags, and the only
-    metadata is the kernel's name.
-
-    Parameters
-    ----------
-    nb : NotebookNode
-
-    Returns
-    -------
-    str
-    """
-    cells, count = [], 0
-    for cell in nb.cells:
-        kept = {k: cell[k] for k in ("cell_type", "id", "source")}
-        tags = cell.metadata.get("tags")
-        kept["metadata"] = {"tags": tags} if tags else {}
-        if tags and "solution" in tags:  # folded by JupyterLab, Notebook and VS Code
-            kept["metadata"]["jupyter"] = {"outputs_hidden": True, "source_hidden": True}
-        if cell.cell_type == "code":
-            count += 1
-            kept |= {"execution_count": count, "outputs": []}
-            for output in cell.outputs:
-                output = nbformat.from_dict(output)
-                if "execution_count" in output:
-                    output.execution_count = count
-                if "metadata" in output:
-                    output.metadata = {}
-                kept["outputs"].append(output)
-        cells.append(kept)
-    kernelspec = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    metadata = {"kernelspec": kernelspec, "language_info": {"name": "python"}}
-    whole = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
-    return nbformat.writes(nbformat.from_dict(whole)) + "\n"
-
-
-def faults(nb):
-    """List what is wrong with a notebook's stored outputs, as sentences; none if it is sound.
-
-    Each code cell has run, in order, without error or stderr; what prints or draws has its
-    output, and no figure is blank; tags are known, and nothing tells of one machine.
-
-    Parameters
-    ----------
-    nb : NotebookNode
-
-    Returns
-    -------
-    list of str
-    """
-    found = []
-    code = [c for c in nb.cells if c.cell_type == "code"]
-    for cell in nb.cells:
-        for tag in set(cell.metadata.get("tags", [])) - TAGS:
-            found.append(f"cell {cell.id!r}: unknown tag {tag!r}, known are {sorted(TAGS)}")
-    for number, cell in enumerate(code, 1):
-        where = f"code cell {number} ({cell.id!r})"
-        if cell.execution_count != number:
-            found.append(f"{where}: execution count {cell.execution_count}, expected {number}")
-        if "NBVAL_" in cell.source:
-            found.append(f"{where}: an NBVAL marker switches its check off")
-        kinds = {o.get("name", o.output_type) for o in cell.outputs}
-        if "error" in kinds and "raises-exception" not in cell.metadata.get("tags", []):
-            found.append(f"{where}: stored output is an error")
-        if "stderr" in kinds:
-            text = "".join(o.text for o in cell.outputs if o.get("name") == "stderr").strip()
-            found.append(f"{where}: wrote to stderr: {text.splitlines()[-1] if text else ''}")
-        if _prints(cell.source) and not cell.outputs:
-            found.append(f"{where}: prints, but no output is stored")
-        data = [o.data for o in cell.outputs if "data" in o]
-        pictures = [d["image/png"] for d in data if "image/png" in d]
-        if len(pictures) < len(DRAWS.findall(cell.source)):
-            found.append(f"{where}: draws, but no figure is stored")
-        if any(_blank(p) for p in pictures):
-            found.append(f"{where}: a stored figure is blank")
-        texts = [o.get("text", "") for o in cell.outputs]
-        texts += [text for d in data for kind, text in d.items() if kind.startswith("text/")]
-        if trace := TRACES.search("\n".join(texts)):
-            found.append(f"{where}: output holds {trace[0]!r}, a path or address of one machine")
-    return found
+    profile = Path(folder, "profile_default")
+    profile.mkdir()
+    (profile / "ipython_kernel_config.py").write_text(PROFILE, encoding="utf-8")
+    Path(folder, "matplotlibrc").touch()
+    kept = {name: text for name, text in os.environ.items() if not FOREIGN.match(name)}
+    inline = "module://matplotlib_inline.backend_inline"
+    ours = {"IPYTHONDIR": str(folder), "JUPYTER_RUNTIME_DIR": str(folder), "MPLBACKEND": inline}
+    return kept | ours
 
 
 def execute(path, values=None, *, timeout=600):
@@ -187,7 +69,8 @@ def execute(path, values=None, *, timeout=600):
 
     The file is replaced in one step after the whole run was found sound, so that a crash at any
     moment leaves it as it was. A run with `values` is stored under ``build/`` beside the
-    notebook's folder instead.
+    notebook's folder instead, as far as it came; what a stored notebook may not hold is told
+    there, not refused.
 
     Parameters
     ----------
@@ -205,52 +88,31 @@ def execute(path, values=None, *, timeout=600):
     Raises
     ------
     NotebookError
-        If a cell fails or the outputs have faults; nothing is written then.
+        If a cell fails, or, without `values`, the outputs have faults.
     """
-    import papermill  # slow to import, and only runs need it
-    from jupyter_client import AsyncKernelManager
-
-    nb = nbformat.read(path, as_version=4)
+    nb = stored.read(path)
     if any("injected-parameters" in c.metadata.get("tags", []) for c in nb.cells):
         raise NotebookError("holds a cell of injected parameters from an earlier run: delete it")
     folder = path.resolve().parent
     target = (folder.parent / "build" / path.name) if values else path
-    with tempfile.TemporaryDirectory(prefix="nb-") as sockets:
-
-        class Kernel(AsyncKernelManager):  # over TCP it hangs where there is no network at all
-            transport = "ipc" if os.name == "posix" else "tcp"
-            ip = f"{sockets}/kernel" if os.name == "posix" else "127.0.0.1"
-
-        try:
-            nb = papermill.execute_notebook(
-                nb,
-                None,
-                values or {},
-                kernel_name="python3",
-                language="python",
-                cwd=folder,
-                progress_bar=False,
-                request_save_on_cell_execute=False,
-                execution_timeout=timeout,
-                kernel_manager_class=Kernel,
-                coalesce_streams=True,
-                record_timing=False,
-                store_widget_state=False,
-            )
-        except papermill.PapermillExecutionError as error:
-            trace = COLOUR.sub("", "\n".join(error.traceback)) or "no traceback: an unknown magic?"
-            raise NotebookError(
-                f"code cell {error.exec_count} failed\n{error.source}\n\n{trace}"
-            ) from None
-        except Exception as error:  # a dead kernel, a timeout
-            raise NotebookError(f"{type(error).__name__}: {error}") from error
-    for cell in nb.cells:
-        tags = set(cell.metadata.get("tags", [])) - {"injected-parameters"}
-        cell.metadata["tags"] = sorted(tags)
-    if found := faults(nb):
+    if values:
+        _inject(nb, values)
+    elif found := stored.markers(nb):  # before any work is lost
         raise NotebookError("\n".join(found))
-    target.parent.mkdir(exist_ok=True)
-    files.write(target, canonical(nb).encode())
+    try:
+        _run(nb, folder, timeout)
+    except NotebookError as error:
+        if values:
+            files.write(target, canonical(nb).encode(errors="replace"))
+            told = f"{error}\nWhat ran is stored as {os.path.relpath(target)}"
+            raise NotebookError(told) from None
+        raise
+    found = faults(nb)
+    if found and not values:
+        raise NotebookError("\n".join(found))
+    files.write(target, canonical(nb).encode(errors="replace"))
+    for fault in found:
+        print(f"{path}: note: {fault}", file=sys.stderr)
     return target
 
 
@@ -267,6 +129,43 @@ def main(argv=None):
     int
         0 if all is well, 1 if a notebook failed, 2 if the request is wrong.
     """
+    pairs, rest = _pairs(sys.argv[1:] if argv is None else argv)
+    args = _parser().parse_args(rest)
+
+    values = {}
+    for path in args.notebooks:
+        try:
+            nb = stored.read(path)
+            values[path] = parse_parameters(nb, pairs)
+            for name, (default, meaning) in parameters(nb).items() if args.parameters else ():
+                print(f"{name:20s} {type(default).__name__:6s} {default!r:12} {meaning}")
+        except NotebookError as error:
+            print(f"{path}: {error}", file=sys.stderr)
+            return 2
+    if args.parameters:
+        return 0
+    if len(args.notebooks) > 1 and not args.check:
+        shared = [a for pair in pairs for a in ("-p", *pair)] + ["--timeout", str(args.timeout)]
+        command = [sys.executable, "-m", "helpers.execute", *shared]
+        with ThreadPoolExecutor(max(args.jobs, 1)) as pool:
+            runs = [pool.submit(subprocess.run, [*command, str(p)]) for p in args.notebooks]
+        return int(any(run.result().returncode for run in runs))
+    failed = 0
+    for path, parsed in values.items():
+        try:
+            if args.check:
+                _check(path)
+                print(f"{path}: sound")
+            else:
+                target = execute(path, parsed, timeout=args.timeout)
+                print(f"{path}: ran, stored as {os.path.relpath(target)}")
+        except (NotebookError, OSError) as error:
+            print(f"{path}: {error}", file=sys.stderr)
+            failed = 1
+    return failed
+
+
+def _parser():
     parser = argparse.ArgumentParser(prog="python -m helpers.execute", description=__doc__)
     parser.add_argument("notebooks", nargs="+", type=Path)
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
@@ -275,68 +174,122 @@ def main(argv=None):
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true", help="stored form only, nothing is run")
     mode.add_argument("--parameters", action="store_true", help="list what -p can set")
-    args = parser.parse_args(argv)
+    return parser
 
-    values = {}
-    for path in args.notebooks:
+
+def _pairs(argv):
+    """Take ``-p name value`` out of a command line: argparse would take ``-1e-3`` for an option."""
+    rest, pairs = list(argv), []
+    while "-p" in rest and len(rest) > (at := rest.index("-p")) + 2:
+        pairs.append(rest[at + 1 : at + 3])
+        del rest[at : at + 3]
+    return pairs, rest
+
+
+def _check(path):
+    nb = stored.read(path)
+    if found := faults(nb):
+        raise NotebookError("\n".join(found))
+    if path.read_text(encoding="utf-8") != canonical(nb):
+        raise NotebookError("is not in canonical form: run `make execute`")
+
+
+def _inject(nb, values):
+    """Set `values` in a cell behind the one tagged ``parameters``."""
+    if unknown := sorted(set(values) - set(parameters(nb))):
+        raise NotebookError(f"unknown parameters {unknown}")
+    numbers = {"nan", "inf", "-inf"}  # of which Python's own text is no literal
+    texts = {n: f"float('{v}')" if repr(v) in numbers else repr(v) for n, v in values.items()}
+    (at,) = (i for i, c in enumerate(nb.cells, 1) if "parameters" in c.metadata.get("tags", []))
+    cell = nbformat.v4.new_code_cell(
+        "\n".join(f"{n} = {text}" for n, text in texts.items()), id=f"injected-{len(nb.cells)}"
+    )
+    nb.cells.insert(at, cell)
+
+
+def _run(nb, folder, timeout):
+    """Fill a notebook's outputs on a clean kernel; a cell without a count did not run."""
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError
+
+    base = tempfile.gettempdir()  # a socket's path has at most 107 bytes
+    base = "/tmp" if len(os.fsencode(base)) > 60 and os.access("/tmp", os.W_OK) else base
+    code = [c for c in nb.cells if c.cell_type == "code"]
+    for cell in code:
+        cell.outputs, cell.execution_count = [], None
+    with (
+        tempfile.TemporaryDirectory(prefix="nb-", dir=base, ignore_cleanup_errors=True) as ours,
+        open(Path(ours, "log"), "w+b") as log,
+    ):
+        client, where, clean = _client(nb, ours), "the kernel's start", clean_environment(ours)
+        client.timeout, client.iopub_timeout, client.raise_on_iopub_timeout = timeout, 60, True
         try:
-            nb = nbformat.read(path, as_version=4)
-            values[path] = parse_parameters(nb, args.p)
-            if args.parameters:
-                for name, (default, meaning) in parameters(nb).items():
-                    print(f"{name:20s} {type(default).__name__:6s} {default!r:12} {meaning}")
-        except (OSError, NotebookError, nbformat.reader.NotJSONError) as error:
-            print(f"{path}: {error}", file=sys.stderr)
-            return 2
-    if args.parameters:
-        return 0
-    if len(args.notebooks) > 1 and not args.check:
-        shared = [a for pair in args.p for a in ("-p", *pair)] + ["--timeout", str(args.timeout)]
-        command = [sys.executable, "-m", "helpers.execute", *shared]
-        with ThreadPoolExecutor(max(args.jobs, 1)) as pool:
-            runs = [pool.submit(subprocess.run, [*command, str(p)]) for p in args.notebooks]
-        return max(run.result().returncode for run in runs)
-    failed = 0
-    for path, parsed in values.items():
-        try:
-            if args.check:
-                nb = nbformat.read(path, as_version=4)
-                if found := faults(nb):
-                    raise NotebookError("\n".join(found))
-                if path.read_text(encoding="utf-8") != canonical(nb):
-                    raise NotebookError("is not in canonical form: run `make execute`")
-                print(f"{path}: sound")
-            else:
-                target = execute(path, parsed, timeout=args.timeout)
-                print(f"{path}: ran, stored as {os.path.relpath(target)}")
-        except NotebookError as error:
-            print(f"{path}: {error}", file=sys.stderr)
-            failed = 1
-    return failed
+            with client.setup_kernel(cwd=str(folder), env=clean, stdout=log, stderr=log):
+                for index, cell in enumerate(nb.cells):
+                    where = f"code cell {client.code_cells_executed + 1}"
+                    client.execute_cell(cell, index)
+        except CellExecutionError:
+            raise NotebookError(f"{where} failed\n{cell.source}\n\n{_told(cell)}") from None
+        except CellTimeoutError:
+            raise NotebookError(f"{where} took more than {timeout} s (see --timeout)") from None
+        except KeyboardInterrupt:
+            raise NotebookError(f"{where} was interrupted") from None
+        except Exception as error:  # a dead kernel
+            log.seek(0)
+            words = _last(log.read().decode(errors="replace").strip())
+            raise NotebookError(f"{where}: {error}; its last words: {words}") from None
+        finally:
+            for cell in code:
+                cell.outputs = _joined(cell.outputs)
 
 
-def _prints(source):
-    """Whether a cell's top level prints, displays, or ends in an expression that is shown."""
-    lines = [line for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))]
-    body = ast.parse("\n".join(lines)).body
-    for node in body:
-        for call in ast.walk(node) if not isinstance(node, ast.FunctionDef | ast.ClassDef) else ():
-            if isinstance(call, ast.Call) and getattr(call.func, "id", "") in (
-                "print",
-                "display",
-                "show_source",
-                "show_table",
-            ):
-                return True
-    shown = body and isinstance(body[-1], ast.Expr) and not isinstance(body[-1].value, ast.Call)
-    return bool(shown) and not source.rstrip().endswith(";")
+def _client(nb, ours):
+    """Return a client whose kernel is this interpreter, with its files in the folder `ours`."""
+    from jupyter_client import AsyncKernelManager  # slow to import, and only runs need it
+    from jupyter_client.kernelspec import KernelSpec
+    from nbclient import NotebookClient
+
+    class Kernel(AsyncKernelManager):  # over TCP it hangs where there is no network at all
+        connection_file = f"{ours}/kernel.json"
+        transport = "ipc" if os.name == "posix" and len(os.fsencode(ours)) < 90 else "tcp"
+        kernel_spec = KernelSpec(
+            argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        )
+
+    options = {"record_timing": False, "store_widget_state": False}
+    return NotebookClient(nb, kernel_name="python3", kernel_manager_class=Kernel, **options)
 
 
-def _blank(png):
-    from matplotlib.image import imread
+def _last(words):
+    """Cut what a dead kernel said to the part that tells why."""
+    if (at := words.find("Fatal Python error")) >= 0:
+        return words[at : at + 1500]
+    return words[-1500:] or "none (out of memory?)"
 
-    pixels = imread(io.BytesIO(base64.b64decode(png)))
-    return bool((pixels == pixels[0, 0]).all())
+
+def _told(cell):
+    """Return why a cell failed, as far as its outputs tell."""
+    lines = [line for o in cell.outputs for line in o.get("traceback", [])]
+    lines = lines or [o.text for o in cell.outputs if o.get("name") == "stderr"]
+    return COLOUR.sub("", "\n".join(lines))[-5000:] or "no traceback"
+
+
+def _joined(outputs):
+    """Return outputs with each stream in one piece, as a terminal shows its carriage returns.
+
+    In linear time, which nbclient's own way is not for long lines.
+    """
+    joined, streams = [], {}
+    for output in outputs:
+        name = output.get("name")
+        if name not in streams:
+            joined.append(output)
+        if name:
+            streams.setdefault(name, []).append(output.text)
+    for output in joined:
+        if name := output.get("name"):
+            lines = "".join(streams[name]).split("\n")
+            output.text = "\n".join(x[x.rstrip("\r").rfind("\r") + 1 :] for x in lines)
+    return joined
 
 
 if __name__ == "__main__":

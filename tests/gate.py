@@ -1,4 +1,4 @@
-"""The nbval plugin of `make nbval`: figures count too, compared as decoded pixels.
+"""The nbval plugin of `make nbval`: clean kernels, and figures count too, as decoded pixels.
 
 nbval drops ``image/png`` before it compares outputs. Byte equality would be too strict (another
 processor moves a point by a fraction of a pixel), so two figures are equal if they have the same
@@ -7,10 +7,14 @@ size and their pixels differ little on average.
 
 import base64
 import io
+import os
+import tempfile
 
 import numpy as np
-from matplotlib.image import imread
 from nbval.plugin import IPyNbCell, IPyNbFile
+from PIL import Image
+
+from helpers.execute import clean_environment
 
 TOLERANCE = 0.002  # mean absolute difference of channels from 0 to 1; measured drift is below 1e-4
 
@@ -19,7 +23,8 @@ class Picture:
     """A figure that equals another one if their pixels nearly do."""
 
     def __init__(self, png):
-        self.pixels = imread(io.BytesIO(base64.b64decode(png)))[..., :3]
+        image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+        self.pixels = np.asarray(image) / 255
 
     def __eq__(self, other):
         same_size = self.pixels.shape == other.pixels.shape
@@ -27,6 +32,15 @@ class Picture:
 
     def __repr__(self):
         return f"<figure of {self.pixels.shape[1]} x {self.pixels.shape[0]} pixels>"
+
+
+def pytest_configure(config):
+    """Let nbval's kernels start as `make execute` starts them."""
+    folder = tempfile.TemporaryDirectory(prefix="nb-", ignore_cleanup_errors=True)
+    config.add_cleanup(folder.cleanup)
+    clean = clean_environment(folder.name)
+    os.environ.clear()
+    os.environ.update(clean)
 
 
 def pytest_itemcollected(item):

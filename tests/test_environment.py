@@ -24,7 +24,7 @@ EXTRAS = PROJECT["optional-dependencies"].values()
 WANTED = sorted({*PROJECT["dependencies"], *(line for extra in EXTRAS for line in extra)})
 # a room imports from rooms before its own only, and a module of a room from modules before it, so
 # there is no cycle; nobody imports execute
-ROOMS = ["files", "data", "models", "training", "peft", "study", "show", "execute"]
+ROOMS = ["files", "data", "models", "training", "peft", "study", "show", "stored", "execute"]
 ORDER = {
     "data": "rows tasks embeddings",
     "models": "mlp transformer stages",
