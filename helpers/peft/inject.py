@@ -7,30 +7,10 @@ module's whole name or its end, from a dot on. What cannot be done is refused be
 changed.
 """
 
-from numbers import Integral
-
-from helpers.peft.base import check_linear, sizes, uniform
+from helpers.peft import layers, lora
+from helpers.peft.base import _like, check_linear, sizes, uniform
 from helpers.peft.four_bits import check_rank
-from helpers.peft.layers import (
-    IA3,
-    OFT,
-    BottleneckAdapter,
-    PrefixTuning,
-    PromptTuning,
-    Tuned,
-    extend_mask,
-)
-from helpers.peft.lora import DoRA, ExpertLoRA, LoRA, Projection, VeRA
-from helpers.peft.surgery import (
-    _check_untied,
-    _has,
-    _naming,
-    _own,
-    adapters,
-    find,
-    find_experts,
-    replace,
-)
+from helpers.peft.surgery import _check_untied, _has, _naming, _own, find, find_experts, replace
 
 
 def inject_lora(
@@ -71,12 +51,14 @@ def inject_lora(
     if experts and (dropout or init != "lora"):
         raise ValueError(f"{min(experts)!r} holds experts as parameters: no {dropout=} or {init=}")
     names = {found[name]: own for name, own in experts.items()}
+    options = dict(rslora=rslora, generator=generator)
 
     def _make(base):
-        options = dict(rslora=rslora, generator=generator)
         if base in names:
-            return ExpertLoRA(base, names[base], r, lora_alpha, **options)
-        return _within(base, r, LoRA(base, r, lora_alpha, dropout=dropout, init=init, **options))
+            return lora.ExpertLoRA(base, names[base], r, lora_alpha, **options)
+        adapter = lora.LoRA(base, r, lora_alpha, dropout=dropout, init=init, **options)
+        check_rank(r, sizes(base))  # above it there is more to train, and no more that can change
+        return adapter
 
     return replace(model, found, _make)
 
@@ -98,7 +80,9 @@ def inject_dora(model, targets, *, r=8, lora_alpha=16, rslora=False, dropout=0.0
     options = dict(rslora=rslora, dropout=dropout, generator=generator)
 
     def _make(base):
-        return _within(base, r, DoRA(base, r, lora_alpha, **options))
+        adapter = lora.DoRA(base, r, lora_alpha, **options)
+        check_rank(r, sizes(base))
+        return adapter
 
     return replace(model, find(model, targets), _make)
 
@@ -119,18 +103,15 @@ def inject_vera(model, targets, *, r=256, d_initial=0.1, generator=None):
     -------
     list of str
     """
-    if not isinstance(r, Integral) or r < 1:
-        raise ValueError(f"rank r={r} must be an integer, 1 or more")
+    lora.check_settings(r)
     found = find(model, targets)
-    for name, base in found.items():
-        _naming(name, check_linear, base)
-    widths = [sizes(base) for base in found.values()]
-    like = next(iter(found.values())).weight
+    widths = [_naming(name, check_linear, base) for name, base in found.items()]
     d_in, d_out = (max(side) for side in zip(*widths, strict=True))
-    A = uniform((r, d_in), (6 / d_in) ** 0.5, like=like, generator=generator)  # He et al.'s
-    B = uniform((d_out, r), (6 / r) ** 0.5, like=like, generator=generator)
-    shared = Projection(A, B)
-    return replace(model, found, lambda base: VeRA(base, shared, d_initial=d_initial))
+    options = dict(like=_like(next(iter(found.values()))), generator=generator)
+    A = uniform((r, d_in), (6 / d_in) ** 0.5, **options)  # He et al.'s bound
+    B = uniform((d_out, r), (6 / r) ** 0.5, **options)
+    shared = lora.Projection(A, B)
+    return replace(model, found, lambda base: lora.VeRA(base, shared, d_initial=d_initial))
 
 
 def inject_ia3(model, targets, *, feedforward=()):
@@ -157,7 +138,7 @@ def inject_ia3(model, targets, *, feedforward=()):
         raise ValueError(f"{min(both)!r} is in targets and in feedforward: name it once")
     is_input = dict.fromkeys(outputs.values(), False) | dict.fromkeys(inputs.values(), True)
     found = {name: m for name, m in model.named_modules() if m in is_input}
-    return replace(model, found, lambda b: IA3(b, feedforward=is_input[b]))
+    return replace(model, found, lambda b: layers.IA3(b, feedforward=is_input[b]))
 
 
 def inject_oft(model, targets, *, block_size=8):
@@ -174,7 +155,7 @@ def inject_oft(model, targets, *, block_size=8):
     -------
     list of str
     """
-    return replace(model, find(model, targets), lambda base: OFT(base, block_size))
+    return replace(model, find(model, targets), lambda base: layers.OFT(base, block_size))
 
 
 def inject_adapter(
@@ -197,11 +178,11 @@ def inject_adapter(
     list of str
     """
     options = dict(parallel=parallel, scale=scale, generator=generator)
-    return replace(
-        model,
-        find(model, targets),
-        lambda base: BottleneckAdapter(base, reduction_factor, **options),
-    )
+
+    def _make(base):
+        return layers.BottleneckAdapter(base, reduction_factor, **options)
+
+    return replace(model, find(model, targets), _make)
 
 
 def inject_prompt(model, targets, *, num_virtual_tokens=8, std=0.02, generator=None):
@@ -221,15 +202,14 @@ def inject_prompt(model, targets, *, num_virtual_tokens=8, std=0.02, generator=N
     -------
     list of str
     """
-    options = dict(std=std, generator=generator)
-    names = replace(
-        model,
-        find(model, targets),
-        lambda base: PromptTuning(base, num_virtual_tokens, **options),
-    )
+
+    def _make(base):
+        return layers.PromptTuning(base, num_virtual_tokens, std=std, generator=generator)
+
+    names = replace(model, find(model, targets), _make)
     for module in model.modules():
-        if any(True for m in module.modules() if isinstance(m, PromptTuning)):
-            module.register_forward_pre_hook(extend_mask, with_kwargs=True)
+        if any(isinstance(m, layers.PromptTuning) for m in module.modules()):
+            module.register_forward_pre_hook(layers.extend_mask, with_kwargs=True)
     return names
 
 
@@ -248,12 +228,11 @@ def inject_prefix(model, targets, *, num_virtual_tokens=8, std=0.02, generator=N
     -------
     list of str
     """
-    options = dict(std=std, generator=generator)
-    return replace(
-        model,
-        find(model, targets),
-        lambda base: PrefixTuning(base, num_virtual_tokens, **options),
-    )
+
+    def _make(base):
+        return layers.PrefixTuning(base, num_virtual_tokens, std=std, generator=generator)
+
+    return replace(model, find(model, targets), _make)
 
 
 def inject_bitfit(model, targets=None):
@@ -271,15 +250,11 @@ def inject_bitfit(model, targets=None):
     list of str
         As in `inject_lora`, which also says what is refused.
     """
-    if targets is None:
-        found = _own(model, lambda m: _has(m, "bias"))
-        own = tuple(f"{name}." for name in adapters(model))
-        for name, _ in model.named_parameters():
-            end = name.rpartition(".")[2]
-            if "bias" in end and end != "bias" and not name.startswith(own):
-                raise ValueError(f"{name!r} would be left out: name the modules to train instead")
-    else:
-        found = find(model, targets)
+    found = _own(model, lambda m: _has(m, "bias")) if targets is None else find(model, targets)
+    for name, p in model.named_parameters() if targets is None else ():
+        end = name.rpartition(".")[2]
+        if "bias" in end and end != "bias" and not p.requires_grad:
+            raise ValueError(f"{name!r} would be left out: name the modules to train instead")
     return replace(model, found, lambda base: _tuned(model, base, ["bias"]))
 
 
@@ -312,12 +287,6 @@ def _is_norm(module):
     return _has(module, "weight") and type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
 
 
-def _within(base, r, adapter):
-    """Refuse a rank above the layer's smaller side: it would train more and change no more."""
-    check_rank(r, sizes(base))
-    return adapter
-
-
 def _tuned(model, base, names):
     if not names or not all(_has(base, name) for name in names):
         wanted = " or ".join(names or ["weight"])
@@ -328,4 +297,4 @@ def _tuned(model, base, names):
             f"a {kind} keeps running statistics, which training would move: leave it out"
         )
     _check_untied(model, base, names)
-    return Tuned(base, names)
+    return layers.Tuned(base, names)

@@ -255,13 +255,13 @@ class VeRA(Adapter):
         return {"weight": stored(self.base, matrix(self.base) + self.delta_weight())}
 
 
-def check_settings(r, lora_alpha):
+def check_settings(r, lora_alpha=1.0):
     """Refuse a rank below one, and a lora_alpha that is not above zero and finite.
 
     Parameters
     ----------
     r : int
-    lora_alpha : float
+    lora_alpha : float, default=1.0
     """
     if not isinstance(r, Integral) or r < 1:
         raise ValueError(f"rank r={r} must be an integer, 1 or more")

@@ -1,6 +1,7 @@
 """Surgery on a model: find layers, replace them, fold them back, switch them off for a while."""
 
 import inspect
+from collections import Counter
 from contextlib import contextmanager
 
 import torch
@@ -69,7 +70,7 @@ def merge(model):
     found = adapters(model)
     names = {}
     for name, p in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(p), []).append(name)
+        names.setdefault(p, []).append(name)
     for name, adapter in found.items():
         kind = type(adapter).__name__
         if adapter.changed is None:
@@ -77,9 +78,9 @@ def merge(model):
         if not adapter.enabled:
             raise ValueError(f"{name!r} is disabled: enable it, or the outputs would change")
         for p in adapter.base.parameters():
-            if len(names[id(p)]) > 1:
+            if len(names[p]) > 1:
                 raise ValueError(
-                    f"{names[id(p)]} are tied, so merging {name!r} would change both: untie them by"
+                    f"{names[p]} are tied, so merging {name!r} would change both: untie them by"
                     " copying the parameter"
                 )
         for own, t in adapter.changed().items():
@@ -122,9 +123,11 @@ def unwrapped(model):
     ----------
     model : nn.Module
     """
-    for name in ("_orig_mod", "module"):
-        if name in model._modules and type(model).__module__.startswith("torch."):
-            return unwrapped(model._modules[name])
+    wrappers = ("torch._dynamo", "torch.nn.parallel", "torch.optim", "torch.distributed")
+    if any(kind.__module__.startswith(wrappers) for kind in type(model).__mro__):
+        for name in ("_orig_mod", "module", "_checkpoint_wrapped_module"):
+            if name in model._modules:
+                return unwrapped(model._modules[name])
     return model
 
 
@@ -235,7 +238,10 @@ def replace(model, found, make):
         places.setdefault(id(module), {})[name] = modules.get(name.rpartition(".")[0])
     for name, base in found.items():
         _reachable(name, base, modules[name.rpartition(".")[0]], places[id(base)])
-        _called(name, base, modules)
+    uses = Counter(p for _, p in model.named_parameters(remove_duplicate=False))
+    for name, base in found.items():
+        if any(uses[p] > 1 for p in base.parameters(recurse=False)):
+            _called(name, base, modules)
     for name in found:
         if around := [outer for outer in found if name.startswith(f"{outer}.")]:
             raise ValueError(f"{around[0]!r} contains {name!r}: adapt one of them")
@@ -272,19 +278,16 @@ def _reachable(name, base, parent, places):
 
 def _called(name, base, modules):
     """Refuse a layer that its parent's code does not call, where another has the same weight."""
-    mine = {id(p) for p in base.parameters(recurse=False)}
-    twins = [
-        n
-        for n, m in modules.items()
-        if m is not base and type(m) is type(base) and mine & {id(p) for p in m.parameters()}
-    ]
+    mine = {*base.parameters(recurse=False)}
+    alike = {n: m for n, m in modules.items() if type(m) is type(base) and m is not base}
+    twins = [n for n, m in alike.items() if mine & {*m.parameters()}]
     above, _, end = name.rpartition(".")
     parent = type(modules[above])
     try:
-        code = inspect.getsource(parent) if twins else ""
+        code = inspect.getsource(parent)
     except (OSError, TypeError):  # a class without source code
         return
-    if f"self.{end} = " in code and f"self.{end}(" not in code:
+    if twins and f"self.{end} = " in code and f"self.{end}(" not in code:
         raise ValueError(f"{parent.__name__} does not call {name!r}: name one of its twins {twins}")
 
 
