@@ -89,6 +89,8 @@ def execute(path, values=None, *, timeout=600):
     ------
     NotebookError
         If a cell fails, or, without `values`, the outputs have faults.
+    OSError
+        If the result has no place to be stored, before anything runs.
     """
     nb = stored.read(path)
     if any("injected-parameters" in c.metadata.get("tags", []) for c in nb.cells):
@@ -99,6 +101,10 @@ def execute(path, values=None, *, timeout=600):
         _inject(nb, values)
     elif found := stored.markers(nb):  # before any work is lost
         raise NotebookError("\n".join(found))
+    place = target.resolve()
+    place.parent.mkdir(exist_ok=True)
+    if not all(os.access(p, os.W_OK) for p in (place, place.parent) if p.exists()):
+        raise NotebookError(f"is not run, since {os.path.relpath(place)} may not be written")
     try:
         _run(nb, folder, timeout)
     except NotebookError as error:

@@ -235,6 +235,20 @@ def test_an_unknown_tag_is_refused_before_anything_runs(tmp_path):
     assert not path.with_name("ran").exists()
 
 
+@pytest.mark.parametrize("pairs", [[], ["-p", "n", "4"]], ids=["in place", "a user's own"])
+def test_a_result_without_a_place_is_told_before_anything_runs(
+    tmp_path, monkeypatch, capsys, pairs
+):
+    path = notebook(tmp_path, "open('ran', 'w').close()")
+    if pairs:
+        (tmp_path / "build").write_bytes(b"a file")
+    else:
+        monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anything
+    assert main([str(path), *pairs]) == 1
+    assert re.search("build'|may not be written", capsys.readouterr().err)
+    assert not path.with_name("ran").exists()
+
+
 def test_what_a_stored_notebook_may_not_hold_is_only_told_of_a_users_own_run(tmp_path, capsys):
     path = notebook(tmp_path, "import sys; print('/' 'tmp/a', n); print('b', file=sys.stderr)")
     assert main([str(path), "-p", "n", "-5"]) == 0
