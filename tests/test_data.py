@@ -75,9 +75,11 @@ def put(rows, at, value):
         ({"y_test": put(Y, 0, 10**6)}, "train has no row of class 4"),
         ({"y_train": Y[:, None]}, r"train: y has shape \(8, 1\), expected \(8,\)"),
         ({"y_train": Y[:5]}, r"train: y has shape \(5,\)"),
-        ({"X_test": X[:0], "y_test": Y[:0]}, "test has no rows"),
-        ({"y_test": Y * torch.nan}, "test: y is torch.float32, expected torch.int64"),
-        ({"y_test": Y.int()}, "test: y is torch.int32, expected torch.int64"),
+        ({"X_test": X[:0], "y_test": Y[:0]}, "test: X has no rows"),
+        ({"X_test": X[:, :2]}, r"test: a row of X has shape \(2,\), one of train \(3,\)"),
+        ({"y_test": Y * torch.nan}, "test: y is torch.float32, expected integers from 0"),
+        ({"X_train": {"a": X}}, "train: X is a dict of dtype object, expected a table of numbers"),
+        ({"y_train": np.array(list("abcdabcd"))}, "train: y is a ndarray of dtype <U1, expected"),
     ],
 )
 def test_unusable_rows_are_refused_in_one_sentence(changed, told):
@@ -85,6 +87,18 @@ def test_unusable_rows_are_refused_in_one_sentence(changed, told):
     assert Task(**sound).n_classes == 4
     with pytest.raises(ValueError, match=rf"^{told}[^\n]{{,150}}$"):
         Task(**sound | changed)
+
+
+@pytest.mark.parametrize("labels", ["int8", "uint16", "int32", "uint64", "bool", ">i4"])
+@pytest.mark.parametrize("kind", ["f2", "f4", ">f8"])
+def test_tables_of_numbers_become_tensors_of_the_same_values(kind, labels):
+    classes = np.arange(8) % 2
+    task = Task(X.numpy().astype(kind), classes.astype(labels), X.double(), classes.tolist())
+    for made in (task.X_train, task.X_test):
+        assert torch.equal(made.float(), X)
+    for made in (task.y_train, task.y_test):
+        assert made.tolist() == classes.tolist() and made.dtype == torch.int64
+    assert task.X_train.dtype == torch.from_numpy(np.zeros(1, kind[-2:])).dtype
 
 
 @pytest.mark.parametrize(

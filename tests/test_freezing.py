@@ -1,12 +1,22 @@
 """Freezing: `requires_grad` follows the call, and counts, groups and optimizers follow it."""
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, Adam
 
 from helpers.models import MLP, TinyTransformer, stages
-from helpers.training import count_parameters, freeze, freeze_to, freezing, param_groups, unfreeze
+from helpers.peft import inject_lora, quantize_layers
+from helpers.training import (
+    count_parameters,
+    freeze,
+    freeze_to,
+    freezing,
+    param_groups,
+    stored_bytes,
+    unfreeze,
+)
 
 
 def trainable(model):
@@ -54,6 +64,33 @@ def test_counts_print_as_published_and_hold_shared_parameters_once():
     tied[2].weight = tied[0].weight
     assert count_parameters(tied) == (15, 15)
     assert count_parameters(nn.ReLU()).fraction == 0
+
+
+@pytest.mark.parametrize("r", [0, 4])
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["fc1", "fc2"], ["project", "head"]])
+def test_weights_in_four_bits_count_as_the_numbers_that_they_stand_for(targets, r):
+    plain, coded = TinyTransformer(), TinyTransformer()
+    freeze(plain, coded)
+    size = stored_bytes(coded)
+    quantize_layers(coded, targets[:1])
+    assert stored_bytes(coded) < size
+    for model in (plain, coded):
+        if r:
+            inject_lora(model, targets, r=r)
+        unfreeze(model.head)
+    assert count_parameters(coded) == count_parameters(plain)
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)
+def test_bitsandbytes_packed_weights_count_as_the_numbers_that_they_stand_for(storage):
+    for odd in (64, 33):
+        layer = bnb.nn.Linear4bit(64, odd, quant_storage=storage)
+        layer.load_state_dict(nn.Linear(64, odd).state_dict())
+        layer.to("cpu")
+        assert layer.weight.numel() < 64 * odd  # it is packed
+        assert count_parameters(layer) == (odd, 65 * odd)
+    eight = bnb.nn.Linear8bitLt(64, 33, has_fp16_weights=False)
+    assert count_parameters(eight).total == 65 * 33
 
 
 NESTED = {"head": 1.0, "backbone.1": 2.0, "backbone": 3.0, "backbone.1.bias": 4.0}

@@ -1,23 +1,32 @@
 """Training: one loop that moves what is trainable, scores that are sums, and no side effects."""
 
 from collections import OrderedDict
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW
+from torch.utils.checkpoint import checkpoint
 
-from helpers.models import MLP
+from helpers.models import MLP, TinyTransformer
+from helpers.peft import adapters_disabled, inject_lora, inject_prompt
 from helpers.study import reproducible
 from helpers.training import (
+    activation_bytes,
     cross_entropy,
     evaluate,
     extract_features,
     freeze,
+    operations,
     param_groups,
     predict,
+    score,
     train,
     unfreeze,
+    weighted_cross_entropy,
 )
 
 
@@ -233,12 +242,15 @@ X, Y = torch.ones(4, 20, dtype=torch.float64), torch.arange(4)
 @pytest.mark.parametrize(
     "bad, told",
     [
-        ((X[:0], Y[:0]), "data has no rows"),
+        ((X[:0], Y[:0]), "data: X has no rows"),
+        ((X, Y[:3].numpy()), r"data: y has shape \(3,\), expected \(4,\)"),
+        ((X.numpy().astype(object), Y), "data: X is a ndarray of dtype object, expected a table"),
+        ((X, list("abcd")), "data: y is a list of dtype <U1, expected a table of numbers"),
         ((X, Y[:, None]), r"data: y has shape \(4, 1\), expected \(4,\)"),
         ((X / 0, Y), "data: X holds 80 NaN or infinite values"),
         ((X, Y - 100), "data: label -100 is out of range, expected 0"),
         ((X, Y + 1), r"data: label 4 is out of range, expected 0..3 \(one model output per class"),
-        ((X, Y.double()), "data: y is torch.float64, expected torch.int64"),
+        ((X, Y.double()), "data: y is torch.float64, expected integers from 0"),
         ((X.long(), Y), "data: X is torch.int64, expected floating-point"),
     ],
 )
@@ -260,16 +272,387 @@ def test_unusable_rows_are_refused_before_anything_moves(split, bad, told):
     "options, told",
     [
         ({"patience": 2}, r"patience=2 needs validation=\(X, y\)"),
-        ({"epochs": 0}, "epochs=0 must be 1 or more"),
-        ({"batch_size": 0}, "batch_size=0 must be 1 or more"),
-        ({"patience": 0, "validation": rows()}, "patience=0 must be 1 or more"),
-        ({"clip_norm": 0.0}, "clip_norm=0.0 above 0 or None"),
-        ({"warmup_steps": -1}, "warmup_steps=-1 must be 0 or more"),
+        ({"epochs": 0}, "epochs=0 must be an integer, 1 or more"),
+        ({"epochs": 2.0}, "epochs=2.0 must be an integer, 1 or more"),
+        ({"epochs": True}, "epochs=True must be an integer, 1 or more"),
+        ({"epochs": torch.nan}, "epochs=nan must be an integer, 1 or more"),
+        ({"batch_size": 0}, "batch_size=0 must be an integer, 1 or more"),
+        ({"batch_size": "2"}, "batch_size='2' must be an integer, 1 or more"),
+        ({"batch_size": np.float64(2)}, "batch_size=.*2.0.* must be an integer, 1 or more"),
+        ({"patience": 0, "validation": rows()}, "patience=0 must be an integer, 1 or more"),
+        ({"clip_norm": 0.0}, "clip_norm=0.0 must be above 0 or None"),
+        ({"clip_norm": torch.nan}, "clip_norm=nan must be above 0 or None"),
+        ({"warmup_steps": -1}, "warmup_steps=-1 must be an integer, 0 or more"),
+        ({"warmup_steps": 1.5}, "warmup_steps=1.5 must be an integer, 0 or more"),
+        ({"warmup_steps": 1000, "epochs": 5}, "warmup_steps=1000 must be below 5, the number of"),
+        ({"warmup_steps": 4, "epochs": 2, "batch_size": 2}, "warmup_steps=4 must be below 4"),
         ({"optimizer": SGD(MLP().parameters())}, "the optimizer does not hold 'backbone.0.weight'"),
     ],
 )
-def test_unusable_settings_are_refused(options, told):
+def test_unusable_settings_are_refused_before_anything_moves(options, told):
     model = MLP()
+    before = copied(model)
     settings = {"optimizer": SGD(model.parameters()), "epochs": 1} | options
     with pytest.raises(ValueError, match=told):
         train(model, X, Y, **settings)
+    assert not moved(model, before)
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_training_without_gradients_is_refused_in_words(off):
+    model = MLP()
+    with (
+        off(),
+        pytest.raises(ValueError, match=r"gradients are off: train outside of torch.no_grad"),
+    ):
+        train(model, X, Y, optimizer=SGD(model.parameters()), epochs=1)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 2.5, True])
+def test_scoring_nothing_or_in_no_batches_is_refused(batch_size):
+    with pytest.raises(ValueError, match=rf"batch_size={batch_size} must be an integer, 1 or more"):
+        predict(MLP(), X, batch_size=batch_size)
+    assert torch.equal(predict(model := MLP(), X, batch_size=None), predict(model, X))
+    with pytest.raises(ValueError, match=r"^X has no rows"):
+        predict(MLP(), X[:0])
+    with pytest.raises(ValueError, match=r"^scored rows: logits has no rows"):
+        score(X[:0], Y[:0])
+    with pytest.raises(ValueError, match=r"^scored rows: y has shape \(3,\), expected \(4,\)"):
+        score(X, Y[:3])
+
+
+# --- a trainable parameter that no gradient reaches ---
+
+
+class Uses(nn.Module):
+    """Calls its layer, checkpoints it, or computes with a weight that no adapter sees."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.norm, self.how = nn.BatchNorm1d(20), how  # whose statistics the first pass moves
+        self.fc, self.head = nn.Linear(20, 20, bias=False), nn.Linear(20, 4)
+
+    def forward(self, x):
+        x = self.norm(x)
+        if self.how == "checkpoints":
+            return self.head(checkpoint(self.fc, x, use_reentrant=True))
+        return self.head(x @ self.fc.base.weight.T if self.how == "bypasses" else self.fc(x))
+
+
+def adapted(how):
+    model = Uses(how)
+    freeze(model.fc, *([model.norm] if how == "checkpoints" else []))
+    inject_lora(model, ["fc"], r=2)
+    return model
+
+
+class FillsWithZeros(SGD):
+    """Leaves gradients of 0 where there is none, as optimizers of older torch did."""
+
+    def zero_grad(self, set_to_none=False):
+        super().zero_grad(set_to_none=False)
+
+
+UNREACHED = {  # a model, its loss, and the first name that is told
+    "bypassed": (lambda: adapted("bypasses"), cross_entropy, "'fc.lora_A', 'fc.lora_B': freeze"),
+    "reentrant": (lambda: adapted("checkpoints"), cross_entropy, "'fc.lora_A', 'fc.lora_B': "),
+    "part of the model": (MLP, lambda m, x, y: m.backbone(x).mean(), "'head.weight', 'head.bias'"),
+    "no graph": (MLP, lambda m, x, y: m(x).detach().mean(), "'backbone.0.weight'.* and 5 more: "),
+}
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("optimizer", [SGD, FillsWithZeros])
+@pytest.mark.parametrize("case", UNREACHED)
+def test_what_no_gradient_reaches_is_refused_before_anything_moves(case, optimizer):
+    make, loss, told = UNREACHED[case]
+    model = make()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None  # stale
+    before = copied(model)
+    optimizer = optimizer((p for p in model.parameters() if p.requires_grad), lr=0.1)
+    with pytest.raises(ValueError, match=f"^no gradient reaches {told}") as error:
+        train(model, *rows(), optimizer=optimizer, epochs=2, loss=loss)
+    assert not moved(model, before) and "\n" not in str(error.value)
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+    cured = adapted("calls")
+    groups = param_groups(cured, {"": 0.1})
+    assert train(cured, *rows(), optimizer=SGD(groups), epochs=2)["loss"][1] < 2
+
+
+def test_disabled_adapters_and_a_prompt_that_is_never_called_are_not_trained_in_silence():
+    model = adapted("calls")
+    optimizer = SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
+    with adapters_disabled(model), pytest.raises(ValueError, match=r"no gradient .* 'fc.lora_A'"):
+        train(model, *rows(), optimizer=optimizer, epochs=1)
+    model = TinyTransformer()
+    model.tokens = nn.Embedding(3, 2)  # tied to others, say: the model calls those
+    freeze(model)
+    inject_prompt(model, ["tokens"], num_virtual_tokens=2)
+    optimizer = SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with pytest.raises(ValueError, match=r"no gradient reaches 'tokens.prompt': freeze"):
+        train(model, torch.ones(4, 64), Y, optimizer=optimizer, epochs=1)
+
+
+# --- rows of any dtype, and targets of any kind ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda X: X.double(),
+        lambda X: X.half(),
+        lambda X: X.numpy().astype(">f4"),
+        lambda X: X.numpy().astype(np.float64)[::-1][::-1],
+        lambda X: np.broadcast_to(X.numpy(), X.shape),
+        lambda X: X.tolist(),
+    ],
+    ids=["double", "half", "other byte order", "reversed", "read-only", "list"],
+)
+def test_rows_are_cast_to_the_models_dtype(given, dtype):
+    (X, y), found = rows(), []
+    X = X.half().float()  # so that no cast of the given rows rounds, to bfloat16 apart
+    for rows_ in ((X.to(dtype), y), (given(X), y.int().numpy()), (given(X), y.to(torch.uint8))):
+        torch.manual_seed(0)
+        model = nn.Sequential(OrderedDict(backbone=nn.Linear(20, 8), head=nn.Linear(8, 4)))
+        options = {"optimizer": SGD(model.to(dtype).parameters(), lr=0.1), "epochs": 2}
+        history = train(model, *rows_, batch_size=16, validation=rows_, **options)
+        scored = evaluate(model, *rows_)
+        freeze(model.backbone)
+        costs = operations(model, *rows_), activation_bytes(model, *rows_)
+        made = predict(model, rows_[0]), extract_features(model, rows_[0])
+        assert {t.dtype for t in made} == {dtype}
+        found.append((history, scored, costs, [t.tolist() for t in made]))
+    assert found[0] == found[1] == found[2]
+
+
+class Wraps(nn.Module):
+    """An adapter wider than the layer that it wraps."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+        self.base = base
+
+    def forward(self, x):
+        return (self.base(x) * self.scale).to(x)
+
+
+def test_rows_fit_the_layer_that_an_adapter_wraps_and_a_model_without_parameters():
+    model = nn.Sequential(Wraps(nn.Linear(20, 4, dtype=torch.bfloat16)))
+    assert predict(model, X).dtype == torch.bfloat16
+    assert torch.equal(predict(nn.Flatten(), X.float()), X.float())
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m, X: predict(m, X),
+        lambda m, X: evaluate(m, X, Y),
+        lambda m, X: extract_features(m, X),
+        lambda m, X: train(m, X, Y, optimizer=SGD(m.head.parameters(), lr=0.1), epochs=1),
+    ],
+    ids=["predict", "evaluate", "extract_features", "train"],
+)
+@pytest.mark.parametrize(
+    "size, wide, narrow",
+    [(1e6, torch.float32, torch.float16), (1e200, torch.float64, torch.float32)],
+    ids=str,
+)
+def test_values_beyond_the_models_dtype_are_refused_naming_both(call, size, wide, narrow):
+    model = MLP().to(narrow)
+    freeze(model.backbone)
+    before = copied(model)
+    told = rf"\d+ values of {wide} rows are infinite in the model's {narrow}: .*model.to\({wide}\)"
+    with pytest.raises(ValueError, match=told):
+        call(model, (X * size).to(wide))
+    assert not moved(model, before)
+
+
+def test_rows_with_a_graph_or_of_inference_mode_can_be_trained_on():
+    model, (X, y) = MLP(), rows()
+    with torch.inference_mode():
+        embedded = X * 2
+    for given in (embedded, X * nn.Parameter(torch.tensor(2.0))):
+        train(model, given, y, optimizer=SGD(model.parameters()), epochs=2)
+
+
+def test_half_precision_scores_are_summed_in_single_precision():
+    logits, y = torch.randn(3000, 4) * 40, torch.arange(3000) % 4  # the losses sum up to 2e5
+    half = logits.half()
+    scored, wanted = score(half, y), score(half.float(), y)
+    assert (scored.loss, scored.correct) == (wanted.loss, wanted.correct)
+    value = cross_entropy(lambda x: x, half, y)
+    assert value.dtype == torch.float32 and value == pytest.approx(wanted.loss, rel=1e-5)
+
+
+def test_a_model_may_return_an_object_that_has_logits():
+    class Wrapped(MLP):
+        def forward(self, x):
+            return SimpleNamespace(logits=super().forward(x))
+
+    plain, wrapped, task = MLP(), Wrapped(), rows()
+    wrapped.load_state_dict(plain.state_dict())
+    for model in (plain, wrapped):
+        train(model, *task, optimizer=SGD(model.parameters(), lr=0.1), epochs=2)
+    assert evaluate(plain, *task) == evaluate(wrapped, *task)
+    freeze(wrapped.backbone)
+    assert extract_features(wrapped, task[0]).shape == (40, 32)
+    wrapped.forward = lambda x: SimpleNamespace(last_hidden_state=x)
+    with pytest.raises(ValueError, match="a Wrapped returns a SimpleNamespace without logits"):
+        train(wrapped, *task, optimizer=SGD(wrapped.parameters(), lr=0.1), epochs=1)
+    wrapped.forward = lambda x: x @ wrapped.head.weight.new_ones(20, 32) @ wrapped.head.weight.T
+    with pytest.raises(ValueError, match="the head was called with 0 rows for 40 of X"):
+        extract_features(wrapped, task[0])
+
+
+def squared(model, x, y):
+    return F.mse_loss(model(x)[:, 0], y)
+
+
+def per_token(model, x, y):  # x and y of shape (B, T)
+    return F.cross_entropy(model(x).transpose(1, 2), y)
+
+
+def multi_label(model, x, y):
+    return F.binary_cross_entropy_with_logits(model(x), y.to(x))
+
+
+def padded(model, x, y):
+    return F.cross_entropy(model(x), y, ignore_index=-1)
+
+
+ROWS = np.sin(np.arange(480.0).reshape(24, 20))
+OWN = {  # a model, rows of any kind, and the loss that reads them
+    "regression": (
+        lambda: MLP(n_classes=1).double(),
+        torch.from_numpy(ROWS),
+        torch.arange(24) / 24,
+        squared,
+    ),
+    "numpy": (lambda: MLP(n_classes=1).float(), ROWS, np.linspace(0, 1, 24), squared),
+    "multi-label": (MLP, ROWS, ROWS[:, :4] > 0, multi_label),
+    "per token": (
+        lambda: nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9)),
+        torch.arange(48).view(24, 2) % 9,
+        np.arange(48, dtype=np.int32).reshape(24, 2) % 7,
+        per_token,
+    ),
+    "padding": (MLP, ROWS, np.arange(24) % 5 - 1, padded),
+}
+
+
+@pytest.mark.parametrize("case", OWN)
+def test_a_loss_of_ones_own_decides_what_y_may_be_and_when_to_stop(case):
+    make, X, y, loss = OWN[case]
+    model = make()
+    options = {"epochs": 4, "batch_size": 10, "loss": loss, "validation": (X[:7], y[:7])}
+    optimizer = SGD(model.parameters(), lr=0.01)
+    history = train(model, X, y, optimizer=optimizer, **options)
+    assert list(history) == ["loss", "validation_loss"]
+    again = train(model, X, y, optimizer=SGD(model.parameters(), lr=0.0), **options | {"epochs": 1})
+    assert again["validation_loss"][0] == history["validation_loss"][-1] < 9
+
+
+def test_early_stopping_goes_by_the_loss_that_is_trained():
+    (X, y), model = rows(12), normed(nn.Dropout(0.5))
+    validation = torch.randn(30, 20), torch.randn(30)
+    options = {"validation": validation, "patience": 5, "loss": squared, "epochs": 300}
+    history = train(model, X, y * 1.0, optimizer=Adam(model.parameters(), lr=1e-2), **options)
+    losses = history["validation_loss"]
+    assert losses.index(min(losses)) == len(losses) - 6 < 200
+    returned = F.mse_loss(predict(model, validation[0])[:, 0], validation[1]).item()
+    assert returned == pytest.approx(min(losses), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "y, options, told",
+    [
+        (Y[:3] * 1.0, {}, "^training data: y has 3 rows and X 4, expected as many"),
+        (Y / torch.tensor([1, 0, 1, 0]), {}, "^training data: y holds 2 NaN .* in row 1"),
+        (Y * 1.0, {"validation": (X, Y[:1])}, "^validation data: y has 1 rows and X 4"),
+        (
+            Y,
+            {"loss": lambda m, x, y: m(x)[:, 0]},
+            r"^the loss is a Tensor of shape \(4,\), expected",
+        ),
+        (
+            Y,
+            {"loss": lambda m, x, y: 1.0},
+            r"^the loss is a float of shape \(\), expected a Tensor",
+        ),
+        (
+            Y,
+            {"loss": weighted_cross_entropy(torch.ones(4)), "validation": (X[:3], Y[:3])},
+            "^4 weights need the full batch, not one of 3",  # before the first epoch, not after it
+        ),
+    ],
+)
+def test_what_a_loss_of_ones_own_cannot_read_is_refused_before_anything_moves(y, options, told):
+    model = normed(nn.BatchNorm1d(8))
+    before = copied(model)
+    settings = {"loss": squared, "epochs": 3, "optimizer": SGD(model.parameters(), lr=0.1)}
+    with pytest.raises(ValueError, match=told):
+        train(model, X, y, **settings | options)
+    assert not moved(model, before)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (4,)])
+def test_outputs_that_are_no_logits_of_classes_ask_for_a_loss_of_ones_own(shape):
+    model = nn.Sequential(nn.Linear(20, 24 // (2 if len(shape) == 1 else 1)))
+    model.append(nn.Unflatten(1, (3, 8)) if len(shape) == 3 else nn.Flatten(0))
+    with pytest.raises(
+        ValueError, match=r"^training data: .* expected \(n, C\): others need a loss"
+    ):
+        train(model, X, Y, optimizer=SGD(model.parameters(), lr=0.1), epochs=1)
+
+
+# --- batch norm and a batch of one row ---
+
+
+class Pooled(nn.Module):
+    """Batch norm over pixels, which one row has enough of, then (if `twice`) over their mean."""
+
+    def __init__(self, twice):
+        super().__init__()
+        self.conv, self.pixels = nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4)
+        self.mean = nn.BatchNorm1d(4) if twice else nn.Identity()
+
+    def forward(self, x):
+        return self.mean(self.pixels(self.conv(x.view(-1, 1, 4, 5))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, lambda m, x, y: cross_entropy(m, x, y)])
+@pytest.mark.parametrize(
+    "make, name",
+    [
+        (lambda: normed(nn.BatchNorm1d(8)), "backbone.1"),
+        (lambda: normed(nn.BatchNorm1d(8, track_running_stats=False)), "backbone.1"),
+        (lambda: Pooled(True), "mean"),
+    ],
+)
+@pytest.mark.parametrize("n, batch_size, works", [(33, 16, 17), (40, 39, 40), (9, 1, 3)])
+def test_a_batch_of_one_is_refused_under_batch_norm_with_a_size_that_works(
+    n, batch_size, works, make, name, loss
+):
+    model, task = make(), rows(n)
+    before, options = copied(model), {"epochs": 2, "loss": loss}
+    optimizer = SGD(model.parameters(), lr=0.1)
+    told = f"^batch_size={batch_size} makes a batch of one row of {n}, .* '{name}' .*={works} works"
+    with pytest.raises(ValueError, match=told):
+        train(model, *task, optimizer=optimizer, batch_size=batch_size, **options)
+    assert not moved(model, before)
+    train(model, *task, optimizer=optimizer, batch_size=works, **options)
+
+
+def test_one_row_is_enough_for_frozen_batch_norm_and_for_one_over_pixels():
+    frozen, task = normed(nn.BatchNorm1d(8)), rows(33)
+    freeze(frozen.backbone[1])
+    for model in (frozen, Pooled(False)):
+        train(model, *task, optimizer=SGD(model.parameters(), lr=0.1), epochs=1, batch_size=16)
+    model = normed(nn.BatchNorm1d(8))
+    with pytest.raises(
+        ValueError, match=r"a batch of one row of 1, .*: it takes two rows, or freeze"
+    ):
+        train(model, *rows(1), optimizer=SGD(model.parameters(), lr=0.1), epochs=1)

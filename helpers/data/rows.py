@@ -1,7 +1,9 @@
 """Rows and their checks: what training or scoring would swallow in silence is refused."""
 
 from dataclasses import dataclass
+from numbers import Integral
 
+import numpy as np
 import torch
 
 
@@ -12,7 +14,8 @@ class Task:
     Attributes
     ----------
     X_train, X_test : Tensor of shape (n, d)
-        Finite features.
+        Finite features, of any floating dtype: training and scoring cast them to the model's.
+        Numpy arrays and other tables of numbers are copied into tensors.
     y_train, y_test : int64 Tensor of shape (n,)
         Labels 0..C-1; each class is present in both splits.
 
@@ -30,9 +33,13 @@ class Task:
     def __post_init__(self):
         splits = {"train": self.train, "test": self.test}
         for name, rows in splits.items():
-            check_rows(*rows, name=name)
-        for name, (_, y) in splits.items():
-            present = set(y.tolist())
+            for field, checked in zip("Xy", check_rows(*rows, name=name), strict=True):
+                object.__setattr__(self, f"{field}_{name}", checked)
+        wide, wanted = (tuple(X.shape[1:]) for X in (self.X_test, self.X_train))
+        if wide != wanted:
+            raise ValueError(f"test: a row of X has shape {wide}, one of train {wanted}")
+        for name in splits:
+            present = set(getattr(self, f"y_{name}").tolist())
             for c in range(self.n_classes):
                 if c not in present:
                     raise ValueError(
@@ -56,38 +63,111 @@ class Task:
         return 1 + int(max(self.y_train.max(), self.y_test.max()))
 
 
-def check_rows(X, y, *, n_classes=None, name="data"):
-    """Refuse rows that training or scoring would swallow in silence.
+def as_rows(values, *, name="X"):
+    """Return a table of numbers as a Tensor without a graph, a copy if it is no Tensor yet.
 
     Parameters
     ----------
-    X : Tensor of shape (n, ...)
-        Features, floating point, finite, at least one row.
-    y : int64 Tensor of shape (n,)
-        One label for each row, from 0 to `n_classes` - 1.
-    n_classes : int, optional
-        If given, the largest label must be below it.
+    values : Tensor, or anything that `numpy.asarray` reads
+    name : str, default="X"
+        What the error message calls it.
+
+    Returns
+    -------
+    Tensor
+
+    Raises
+    ------
+    ValueError
+        If it does not hold numbers, or no row.
+    """
+    if isinstance(values, torch.Tensor):  # one made in inference mode could not be trained on
+        rows = values.clone() if values.is_inference() else values.detach()
+    else:
+        array = np.asarray(values)
+        try:  # a copy: torch takes no array that is read-only, reversed or of another byte order
+            rows = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))
+        except TypeError:
+            kind = f"{type(values).__name__} of dtype {array.dtype}"
+            raise ValueError(f"{name} is a {kind}, expected a table of numbers") from None
+    if rows.ndim == 0 or len(rows) == 0:
+        raise ValueError(f"{name} has no rows: expected one or more")
+    return rows
+
+
+def check_rows(X, y, *, classes=True, name="data"):
+    """Return rows as tensors; refuse what training or scoring would swallow in silence.
+
+    Parameters
+    ----------
+    X : array of shape (n, ...)
+        Finite features, at least one row.
+    y : array of shape (n, ...)
+        What a model should answer for each row. Integers become int64.
+    classes : bool, default=True
+        Whether y is one class index for each row, and X floating point. If not, a loss of one's
+        own knows what they are.
     name : str, default="data"
         What the error message calls these rows.
+
+    Returns
+    -------
+    X, y : Tensor
 
     Raises
     ------
     ValueError
         In one sentence that names `name`, the offender and what would be right.
     """
-    if len(X) == 0:
-        raise ValueError(f"{name} has no rows: a mean over none of them is undefined")
-    if y.shape != (len(X),):
+    X = as_rows(X, name=f"{name}: X")
+    if classes:
+        y = check_classes(y, len(X), name=name)
+        if not X.is_floating_point():
+            raise ValueError(f"{name}: X is {X.dtype}, expected floating-point features")
+    else:
+        y = as_rows(y, name=f"{name}: y")
+        if len(y) != len(X):
+            raise ValueError(f"{name}: y has {len(y)} rows and X {len(X)}, expected as many")
+        if not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool):
+            y = y.long()
+    for field, values in (("X", X), ("y", y)):
+        if bad := int((~torch.isfinite(values)).sum()):
+            row = int((~torch.isfinite(values)).reshape(len(values), -1).any(1).nonzero()[0])
+            told = f"{name}: {field} holds {bad} NaN or infinite values, the first in row {row}"
+            raise ValueError(told)
+    return X, y
+
+
+def check_classes(y, n, *, n_classes=None, name="data"):
+    """Return class indices as int64; refuse what cannot be one for each of `n` rows.
+
+    Parameters
+    ----------
+    y : array of shape (n,)
+        Of any integer dtype.
+    n : int
+    n_classes : int, optional
+        If given, the largest class index must be below it.
+    name : str, default="data"
+        As in `check_rows`.
+
+    Returns
+    -------
+    int64 Tensor of shape (n,)
+
+    Raises
+    ------
+    ValueError
+        In one sentence that names `name`, the offender and what would be right.
+    """
+    y = as_rows(y, name=f"{name}: y")
+    if y.shape != (n,):
         raise ValueError(
-            f"{name}: y has shape {tuple(y.shape)}, expected ({len(X)},), one label per row of X"
+            f"{name}: y has shape {tuple(y.shape)}, expected ({n},), one label per row of X"
         )
-    if y.dtype != torch.int64:
-        raise ValueError(f"{name}: y is {y.dtype}, expected torch.int64 class indices")
-    if not X.is_floating_point():
-        raise ValueError(f"{name}: X is {X.dtype}, expected floating-point features")
-    if bad := int((~torch.isfinite(X)).sum()):
-        row = int((~torch.isfinite(X)).reshape(len(X), -1).any(1).nonzero()[0])
-        raise ValueError(f"{name}: X holds {bad} NaN or infinite values, the first in row {row}")
+    if y.is_floating_point() or y.is_complex():
+        raise ValueError(f"{name}: y is {y.dtype}, expected integers from 0, class indices")
+    y = y.long()
     low, high = int(y.min()), int(y.max())
     if low < 0 or (n_classes is not None and high >= n_classes):
         wanted = "0 or more" if n_classes is None else f"0..{n_classes - 1}"
@@ -95,6 +175,27 @@ def check_rows(X, y, *, n_classes=None, name="data"):
             f"{name}: label {low if low < 0 else high} is out of range, expected {wanted}"
             " (one model output per class)"
         )
+    return y
+
+
+def check_whole(least, **values):
+    """Refuse a setting that is no integer of at least `least`.
+
+    Parameters
+    ----------
+    least : int
+    **values : int
+        Name to value; None stands for a setting that is not used.
+
+    Raises
+    ------
+    ValueError
+        Naming the setting and its value.
+    """
+    for name, value in values.items():
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if value is not None and not (whole and value >= least):
+            raise ValueError(f"{name}={value!r} must be an integer, {least} or more")
 
 
 def check_parameters(**ranges):

@@ -3,7 +3,9 @@
 import torch
 from torch.utils import flop_counter
 
+from helpers.data import check_rows
 from helpers.training.loop import cross_entropy
+from helpers.training.scoring import _fit, _place
 
 
 def saved_bytes(forward, *, given):
@@ -59,8 +61,9 @@ def operations(model, X, y):
     Parameters
     ----------
     model : nn.Module
-    X : Tensor of shape (n, ...)
-    y : int64 Tensor of shape (n,)
+    X : array of shape (n, ...)
+    y : array of shape (n,)
+        Class indices, of any integer dtype.
 
     Returns
     -------
@@ -75,7 +78,7 @@ def operations(model, X, y):
     more = {operator: formula.__wrapped__ for operator, formula in more.items()}
     counter = flop_counter.FlopCounterMode(display=False, custom_mapping=more)
     with counter:
-        cross_entropy(model, X, y).backward()
+        cross_entropy(model, *_rows(model, X, y)).backward()
     model.zero_grad()
     return counter.get_total_flops()
 
@@ -86,14 +89,16 @@ def activation_bytes(model, X, y):
     Parameters
     ----------
     model : nn.Module
-    X : Tensor of shape (n, ...)
-    y : int64 Tensor of shape (n,)
+    X : array of shape (n, ...)
+    y : array of shape (n,)
+        Class indices, of any integer dtype.
 
     Returns
     -------
     int
         Bytes, each storage counted once.
     """
+    X, y = _rows(model, X, y)
     given = [*model.parameters(), *model.buffers(), X, y]
     return saved_bytes(lambda: cross_entropy(model, X, y), given=given)
 
@@ -122,3 +127,8 @@ def step_memory(trainable, total, activations, *, weight=8, gradient=8, state=16
         "optimiser state": state * trainable,
         "activations": activations,
     }
+
+
+def _rows(model, X, y):
+    like = _place(model, "auto")
+    return tuple(_fit(t, like) for t in check_rows(X, y))

@@ -85,6 +85,9 @@ def freeze_to(stages, n):
 def count_parameters(model):
     """Count the parameters of `model`, a shared one once.
 
+    Weights in few bits count as the numbers that they stand for: a module's ``n_quantized``, which
+    its buffers hold in codes, and bitsandbytes' parameters of two codes a byte.
+
     Parameters
     ----------
     model : nn.Module
@@ -94,8 +97,9 @@ def count_parameters(model):
     Count
         Trainable and total, which print as one line.
     """
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return Count(sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes))
+    sizes = [(_numbers(p), p.requires_grad) for p in model.parameters()]
+    coded = sum(m.n_quantized for m in model.modules() if hasattr(type(m), "n_quantized"))
+    return Count(sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes) + coded)
 
 
 def param_groups(model, rates):
@@ -176,6 +180,11 @@ def check_optimizer(model, optimizer):
                 f"{name!r} is frozen but the optimizer has momentum for it: build a new optimizer"
                 " after freezing"
             )
+
+
+def _numbers(p):
+    state = getattr(p, "quant_state", None)  # of bitsandbytes, once it has packed the weight
+    return p.numel() if state is None else state.shape.numel()
 
 
 def _parameters(modules):

@@ -1,12 +1,14 @@
 """What a model answers, how much of it is right, and the features its head reads."""
 
 import math
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from helpers.data import check_rows
+from helpers.data import as_rows, check_classes, check_rows, check_whole
 
 
 class Score(NamedTuple):
@@ -41,23 +43,29 @@ def predict(model, X, *, batch_size=1024, device="auto"):
     Parameters
     ----------
     model : nn.Module
-    X : Tensor of shape (n, ...)
+        Returns logits, or as the models of transformers do an object that has them.
+    X : array of shape (n, ...)
+        At least one row: no model need say of what shape nothing is. Floating numbers are cast to
+        the model's dtype.
     batch_size : int, default=1024
-        Rows per forward pass, which bounds the memory needed.
+        Rows per forward pass, which bounds the memory needed; None takes all of them in one.
     device : str or torch.device, default="auto"
         As in `train`.
 
     Returns
     -------
     Tensor of shape (n, C)
+
+    Raises
+    ------
+    ValueError
+        If there are no rows, or a value is infinite in the model's dtype.
     """
-    device = _place(model, device)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        return torch.cat([model(x.to(device)) for x in X.split(batch_size)])
-    finally:
-        _set_modes(modes)
+    like, X = _place(model, device), as_rows(X)
+    check_whole(1, batch_size=batch_size)
+    with _kept_modes(model):
+        model.eval()
+        return torch.cat([_logits(model, _fit(x, like)) for x in X.split(int(batch_size or len(X)))])
 
 
 def evaluate(model, X, y, *, batch_size=1024, device="auto"):
@@ -66,8 +74,10 @@ def evaluate(model, X, y, *, batch_size=1024, device="auto"):
     Parameters
     ----------
     model : nn.Module
-    X : Tensor of shape (n, ...)
-    y : int64 Tensor of shape (n,)
+    X : array of shape (n, ...)
+        Floating numbers, cast to the model's dtype.
+    y : array of shape (n,)
+        Class indices, of any integer dtype.
     batch_size : int, default=1024
         Rows per forward pass; it does not change the result.
     device : str or torch.device, default="auto"
@@ -84,19 +94,21 @@ def evaluate(model, X, y, *, batch_size=1024, device="auto"):
     FloatingPointError
         If the loss is not finite.
     """
-    check_rows(X, y, name="evaluation data")
-    logits = predict(model, X, batch_size=batch_size, device=device)
-    check_rows(X, y, n_classes=logits.shape[-1], name="evaluation data")
-    return score(logits, y.to(logits.device))
+    X, y = check_rows(X, y, name="evaluation data")
+    return score(predict(model, X, batch_size=batch_size, device=device), y, name="evaluation data")
 
 
-def score(logits, y):
+def score(logits, y, *, name="scored rows"):
     """Score logits that are there already; `evaluate` computes them.
 
     Parameters
     ----------
     logits : Tensor of shape (n, C)
-    y : int64 Tensor of shape (n,)
+        Those of half precision are summed up in single precision.
+    y : array of shape (n,)
+        Class indices, of any integer dtype.
+    name : str, default="scored rows"
+        What the error message calls these rows.
 
     Returns
     -------
@@ -104,16 +116,21 @@ def score(logits, y):
 
     Raises
     ------
+    ValueError
+        If there are no rows, or not one label below C for each.
     FloatingPointError
         If the loss is not finite: what a diverged model gets right means nothing.
     """
-    loss = F.cross_entropy(logits, y, reduction="sum").item() / len(y)
+    logits = as_rows(logits, name=f"{name}: logits")
+    n, C = len(logits), _n_classes(logits, name)
+    y = check_classes(y, n, n_classes=C, name=name).to(logits.device)
+    loss = F.cross_entropy(_wide(logits), y, reduction="sum").item() / n
     if not math.isfinite(loss):
         raise FloatingPointError(f"the loss of the scored rows is {loss}: training has diverged")
     top = logits.topk(min(2, logits.shape[-1])).values
     return Score(
         correct=int((logits.argmax(-1) == y).sum()),
-        n=len(y),
+        n=n,
         loss=loss,
         margin=(top[:, 0] - top[:, -1]).min().item(),
     )
@@ -130,7 +147,8 @@ def extract_features(model, X, *, batch_size=1024, device="auto"):
     ----------
     model : nn.Module
         Has a ``head``; all its other parameters are frozen.
-    X : Tensor of shape (n, ...)
+    X : array of shape (n, ...)
+        As in `predict`.
     batch_size : int, default=1024
         Rows per forward pass.
     device : str or torch.device, default="auto"
@@ -143,7 +161,8 @@ def extract_features(model, X, *, batch_size=1024, device="auto"):
     Raises
     ------
     ValueError
-        If a parameter below the head is trainable: its features would go stale.
+        If a parameter below the head is trainable (its features would go stale), or the model
+        does not call its head once with a row for each row of X.
     """
     heads = {id(p) for p in model.head.parameters()}
     for name, p in model.named_parameters():
@@ -155,16 +174,66 @@ def extract_features(model, X, *, batch_size=1024, device="auto"):
         predict(model, X, batch_size=batch_size, device=device)
     finally:
         hook.remove()
+    if (read := sum(map(len, seen))) != len(X):
+        raise ValueError(
+            f"the head was called with {read} rows for {len(X)} of X: expected as many"
+        )
     return torch.cat(seen)
 
 
+def _logits(model, x):
+    """Return what a model answers: its output or, of a transformers' output, the logits in it."""
+    output = model(x)
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, torch.Tensor):
+        kinds = f"a {type(model).__name__} returns a {type(output).__name__}"
+        raise ValueError(f"{kinds} without logits: train and score a model with a head")
+    return logits
+
+
+def _n_classes(logits, name):
+    if logits.ndim != 2:
+        told = f"the model's output has shape {tuple(logits.shape)}"
+        raise ValueError(f"{name}: {told}, expected (n, C): others need a loss of your own")
+    return logits.shape[1]
+
+
+def _wide(logits):
+    """Return half-precision numbers in single precision, which a sum over many rows needs."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
 def _place(model, device):
-    """Move the model unless "auto", and return the device it is on."""
+    """Move the model unless "auto"; return a tensor of the device and dtype that its rows need.
+
+    Adapters may be wider than the layer they wrap: its `base` is what rows must fit.
+    """
     if device != "auto":
         model.to(device)
-    return next(model.parameters()).device
+    layers = (m for m in model.modules() if not isinstance(getattr(m, "base", None), nn.Module))
+    held = (t for m in layers for t in (*m.parameters(False), *m.buffers(False)))
+    return next((t for t in held if t.is_floating_point()), torch.empty(0))
 
 
-def _set_modes(modes):
-    for module, mode in modes.items():
-        module.training = mode
+def _fit(rows, like):
+    """Return rows on the device of `like`, floating numbers in its dtype."""
+    rows = rows.to(like.device)
+    if not rows.is_floating_point() or rows.dtype == like.dtype:
+        return rows
+    cast = rows.to(like.dtype)
+    if lost := int((cast.isinf() & rows.isfinite()).sum()):
+        raise ValueError(
+            f"{lost} values of {rows.dtype} rows are infinite in the model's {like.dtype}: scale"
+            f" them down, or use model.to({rows.dtype})"
+        )
+    return cast
+
+
+@contextmanager
+def _kept_modes(model):
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
