@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from transformers import (
@@ -422,18 +423,35 @@ def test_torchs_wrappers_are_seen_through(wrap, group, tmp_path):
     assert torch.equal(outputs(base), outputs(model))
 
 
-@pytest.mark.parametrize("wrap", ["compile", "DataParallel"])
+class OwnParallel(nn.DataParallel):
+    """Someone's own kind of torch's wrapper."""
+
+
+WITHIN = {"compile": compiled, "DataParallel": OwnParallel, "checkpoint": checkpoint_wrapper}
+
+
+@pytest.mark.parametrize("wrap", WITHIN)
 @pytest.mark.parametrize("name", ["blocks.0", "head", "blocks.1.attention.q_proj"])
 @pytest.mark.parametrize("save", [save_trainable, save_peft, lambda m, path: adapter_state(m)])
 def test_a_wrapper_within_a_model_is_refused_and_the_cure_works(save, name, wrap, tmp_path):
     model, plain = trained(), trained()
-    model.set_submodule(name, WRAPS[wrap](model.get_submodule(name)))
+    model.set_submodule(name, WITHIN[wrap](model.get_submodule(name)))
     with pytest.raises(ValueError, match=f"^'{name}' is a .* inside the model: put back") as told:
         save(model, tmp_path / "a")
     assert not [*tmp_path.iterdir()]
     exec(str(told.value).partition("holds, ")[2], {"model": model})
     save(model, tmp_path / "a")
     assert model.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_a_module_that_is_called_module_is_no_wrapper(tmp_path):
+    torch.manual_seed(0)
+    base = nn.ModuleDict({"module": nn.Sequential(nn.ModuleDict({"module": nn.Linear(3, 3)}))})
+    model = copy.deepcopy(frozen(base))
+    inject.inject_lora(model, ["module.0.module"], r=2)
+    save_peft(randomised(model), tmp_path)
+    assert load_peft(base, tmp_path) == ["module.0.module"]
+    assert same(adapter_state(base), adapter_state(model))
 
 
 @pytest.mark.parametrize("save", [save_trainable, save_peft])

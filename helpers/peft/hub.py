@@ -94,7 +94,9 @@ def save_peft(model, folder):
     text = json.dumps(config, indent=2, sort_keys=True)
     tensors = _layout(model, copied)
     tensors |= {f"{key}.default": tensors[key] for key in SHARED if key in tensors}
-    data = _packed(tensors, config=text, base=" ".join(_rest(model, copied).values()))
+    data = _packed(
+        tensors, config=json.dumps(_asked(text)), base=" ".join(_rest(model, copied).values())
+    )
     files.write(Path(folder, "adapter_model.safetensors"), data)
     files.write(Path(folder, "adapter_config.json"), text.encode())
 
