@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.study import DRIFT, part1
+from helpers import training
+from helpers.study import DRIFT, part1, tuning
 from helpers.study.part1 import (
     METHODS,
     RATES,
@@ -20,8 +21,8 @@ from helpers.study.part1 import (
     choose_rates,
     forgetting,
     label_budget,
-    published_protocol,
 )
+from helpers.study.published import PUBLISHED, published_protocol
 from helpers.training import strategies
 
 ROOT = Path(__file__).parent.parent
@@ -57,9 +58,8 @@ def test_no_row_is_both_trained_on_and_scored(name, monkeypatch):
         return record
 
     for kind in rows:
-        for module in (part1, strategies):
-            if function := getattr(module, kind, None):
-                monkeypatch.setattr(module, kind, recording(function, kind))
+        module = {"train": strategies, "evaluate": training}[kind]
+        monkeypatch.setattr(module, kind, recording(getattr(module, kind), kind))
     STUDIES[name](0)
     assert len(rows["train"]) > 200 and len(rows["evaluate"]) > 100
     assert not rows["train"] & rows["evaluate"]
@@ -70,8 +70,8 @@ def test_unsupervised_adaptation_and_its_choice_see_no_target_labels(monkeypatch
         source, held_out, (X, y), test = digits(*args)
         return source, held_out, (X, y.roll(1)), test
 
-    digits, true = part1.digits, adaptation(0, shift="noisy")
-    monkeypatch.setattr(part1, "digits", other_labels)
+    digits, true = part1.data.digits, adaptation(0, shift="noisy")
+    monkeypatch.setattr(part1.data, "digits", other_labels)
     false = adaptation(0, shift="noisy")
     supervised = {name for name in true if true[name] != false[name]}
     assert supervised - {"margin", "chosen by the oracle"} == {
@@ -90,16 +90,33 @@ def test_rates_are_chosen_on_validation_images_alone(monkeypatch):
     def planted(seed, *, score_on, rates, budgets, target):
         assert score_on == "validation" and target == "noisy"
         best = dict(zip(METHODS, RATES, strict=False))
-        return {f"{m}, {lr:g}/10": -abs(np.log(lr / best[m])) for m in METHODS for lr in RATES}
+        scores = {f"{m}/10, {lr:g}": -abs(np.log(lr / best[m])) for m in METHODS for lr in RATES}
+        return scores | {"margin": 1.0}
 
     monkeypatch.setattr(part1, "label_budget", planted)
     assert choose_rates("noisy", range(3), workers=1) == dict(zip(METHODS, RATES, strict=False))
 
 
-def test_settings_of_an_unknown_step_are_refused():
-    with pytest.raises(ValueError, match=r"unknown step \['tunning'\]: settings are for \['data'"):
+def test_of_equal_settings_the_first_is_chosen_and_margins_come_back():
+    def planted(seed, *, score_on, name):
+        assert score_on == "validation" and name == "fixed"
+        return {"a, 1": 1.0 + seed, "a, 2": 1.0 + seed, "b": seed**2, "margin": 0.1 * seed}
+
+    tries = {"a": tuning.columns("a", (1, 2)), "b": tuning.columns("b", 3)}
+    means, margins = tuning.try_settings(planted, tries, [1, 2, 6], workers=1, name="fixed")
+    assert means == {"a": {1: 4.0, 2: 4.0}, "b": {3: round(41 / 3, 9)}}
+    assert tuning.best(means) == {"a": 1, "b": 3}
+    assert margins.tolist() == pytest.approx([0.1, 0.2, 0.6])
+
+
+def test_settings_of_a_step_are_used_and_those_of_an_unknown_step_refused():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'tunning'"):
         published_protocol(0, tunning={"epochs": 3})
-    assert published_protocol(0, tuning={"epochs": 3}) != published_protocol(0)
+    plain = published_protocol(0)
+    for step, change in {"tuning": {"epochs": 3}, "base": {"hidden": 8}}.items():
+        assert published_protocol(0, **{step: PUBLISHED[step] | change}) != plain
+    for change in ({"labels": 5}, {"shift_scale": 0.5}, {"task": {"n_samples": 300}}):
+        assert published_protocol(0, **change) != plain
 
 
 def test_validation_and_test_images_differ():

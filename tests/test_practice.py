@@ -8,7 +8,7 @@ import torch
 
 from helpers.models import TinyTransformer
 from helpers.peft import arithmetic, dequantize, quantize, surgery
-from helpers.study import part3, part3_adapters, reproducible, stream
+from helpers.study import Summary, part2, part3, part3_adapters, reproducible, stream, tuning
 from helpers.study.part2 import TECHNIQUES, prepare, samples
 from helpers.study.spectrum import linear_weights
 from helpers.training import (
@@ -30,8 +30,7 @@ def base(monkeypatch):
         model = TinyTransformer()
         optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
         train(model, *samples(0, "faint")["source"], optimizer=optimizer, epochs=3, batch_size=64)
-    for module in (part3, part3_adapters):
-        monkeypatch.setattr(module, "pretrained", lambda seed: copy.deepcopy(model))
+    monkeypatch.setattr(part2, "pretrained", lambda seed: copy.deepcopy(model))
     return model
 
 
@@ -118,7 +117,7 @@ def test_a_pause_changes_nothing(name, base):
         reached = list(part3.learn(model, rows, lr=1e-2, marks=marks, name=name))
         assert reached == marks
         found.append(model)
-    assert moved(*found[:1], {k: p.clone() for k, p in found[1].named_parameters()}) == []
+    assert moved(found[0], found[1].state_dict()) == []
 
 
 def test_lp_ft_is_fine_tuning_from_a_probed_head(base):
@@ -156,11 +155,12 @@ def test_l2_sp_stays_nearer_to_its_start(base):
 
 def test_the_front_is_what_nothing_beats():
     points = {"a": (1, 50), "b": (2, 40), "c": (2, 60), "d": (3, 60), "e": (9, 61), "f": (1, 49)}
+    points = {name: (cost, Summary(mean, 0, 0, 99, 9)) for name, (cost, mean) in points.items()}
     assert part3.pareto_front(points) == ["a", "c", "e"]
 
 
 def test_scores_are_those_of_the_adapted_model_on_both_domains(base):
-    settings = {"linear probing": [(1e-2, [4])], "from scratch, 17,920": [(1e-3, [2])]}
+    settings = {"linear probing": (1e-2, 4), "from scratch, 17,920": (1e-3, 2)}
     found = part3.compare_budgets(0, target="turned", settings=settings, per_class=2)
     again = part3.compare_budgets(0, target="turned", settings=settings, per_class=2)
     assert found == again
@@ -170,9 +170,9 @@ def test_scores_are_those_of_the_adapted_model_on_both_domains(base):
     rows = samples(0, "turned", per_class=2)
     with reproducible(0):
         fresh = TinyTransformer()
-    for (name, [(lr, marks)]), start in zip(settings.items(), (base, fresh), strict=True):
+    for (name, (lr, steps)), start in zip(settings.items(), (base, fresh), strict=True):
         model = prepare(start, part3.CONFIGURATIONS[name], seed=0)
-        list(part3.learn(model, rows["few"], lr=lr, marks=marks))
+        list(part3.learn(model, rows["few"], lr=lr, marks=[steps]))
         splits = ("test", "source test", "validation")
         scores = [100 * evaluate(model, *rows[split]).accuracy for split in splits]
         assert [found[name], found[f"{name}/source"], tried[name]] == scores
@@ -182,7 +182,12 @@ def test_scores_are_those_of_the_adapted_model_on_both_domains(base):
 
 def test_settings_are_chosen_on_validation_images_alone(monkeypatch):
     seen = []
-    monkeypatch.setattr(part3, "run_seeds", lambda run, seeds, workers: seen.append(run) or GOOD)
+
+    def found(run, seeds, workers):
+        seen.append(run.keywords)
+        return GOOD
+
+    monkeypatch.setattr(tuning, "run_seeds", found)
     GOOD = {
         f"{name}, {lr:g}, {n}": np.array([50.0, 52.0])
         for name, marks in {"LoRA, 192": (4, 8), "linear probing": (2, 10, 50, 100)}.items()
@@ -192,14 +197,25 @@ def test_settings_are_chosen_on_validation_images_alone(monkeypatch):
     GOOD["LoRA, 192, 0.01, 4"] = GOOD["LoRA, 192, 0.03, 4"] = np.array([60.0, 62.0])
     GOOD["margin"] = np.array([1.0, 2.0])
     steps = {"LoRA, 192": 8, "linear probing": 100}
-    chosen, margins = part3.choose_settings("turned", [1, 2], steps=steps)
+    chosen, margins = part3.choose_settings("turned", [1, 2], steps=steps, per_class=2)
     # of equals, the lower rate and the fewer steps
-    assert chosen == {"LoRA, 192": [(1e-2, [4])], "linear probing": [(3e-3, [2])]}
-    assert seen[0].keywords["settings"]["linear probing"][0] == (3e-3, [2, 10, 50, 100])
-    assert margins.tolist() == [1.0, 2.0]
-    assert seen[0].keywords["score_on"] == "validation"
+    assert chosen == {"LoRA, 192": (1e-2, 4), "linear probing": (3e-3, 2)}
+    grid = {"LoRA, 192": (part3.RATES[3:], [4, 8])}
+    grid["linear probing"] = part3.RATES[2:5], [2, 10, 50, 100]
+    options = {"target": "turned", "settings": grid, "score_on": "validation", "per_class": 2}
+    assert margins.tolist() == [1.0, 2.0] and seen == [options]
     chosen, margins = part3.choose_settings("turned", [], steps={"LoRA, 192": 8})
-    assert chosen == {"LoRA, 192": [(3e-2, [8])]} and margins == [] and len(seen) == 1
+    assert chosen == {"LoRA, 192": (3e-2, 8)} and margins == [] and len(seen) == 1
+
+
+def test_several_settings_are_scored_as_one_by_one(base):
+    name, tuning = "LoRA, 1,792", {"target": "turned", "score_on": "validation", "per_class": 2}
+    many = part3.compare_budgets(0, settings={name: ((1e-2, 1e-3), (2, 5))}, **tuning)
+    tried = [(1e-2, 2), (1e-2, 5), (1e-3, 2), (1e-3, 5)]
+    assert list(many) == [*(f"{name}, {lr:g}, {n}" for lr, n in tried), "margin"]
+    for lr in (1e-2, 1e-3):
+        one = part3.compare_budgets(0, settings={name: (lr, 5)}, **tuning)
+        assert one[name] == many[f"{name}, {lr:g}, 5"]
 
 
 def test_rates_are_neighbours_and_the_more_moves_the_lower_they_are():

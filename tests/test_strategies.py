@@ -1,5 +1,6 @@
 """Strategies: the published numbers, what each one trains, and the properties that it claims."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -9,18 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.optim import SGD, Adam
+from torch import nn
+from torch.optim import SGD
 
 from helpers.data import published_task, shifted_domain
-from helpers.models import with_fresh_head
+from helpers.models import MLP, with_fresh_head
 from helpers.study import reproducible
+from helpers.study.published import PUBLISHED, fast_forward, replay
 from helpers.training import (
-    adapt,
     count_parameters,
     cross_entropy,
     evaluate,
-    feature_extraction,
     fine_tune,
+    fit,
     freeze,
     l2_sp,
     linear_probe,
@@ -32,36 +34,44 @@ from helpers.training import (
 from tests.test_training import copied, moved
 
 ROOT = Path(__file__).parent.parent
-EARLIER = ("pretrain",) * 2 + ("fine_tune",) * 3 + ("adapt",) * 3
 STAGES = ["backbone.0", "backbone.2", "backbone.4", "head"]
 
 
 @cache
-def replay(*earlier):
+def logits_and_labels(earlier):
     """Run the published cells after `earlier` ones: logits (5, 100, 4) and labels (5, 100)."""
-    torch.manual_seed(42)
-    np.random.seed(42)
-    task, n = published_task(), earlier.count("pretrain")
-    for cell in [*earlier[:n], "pretrain", "extract", *earlier[n:], "fine_tune", "adapt"]:
-        if cell == "pretrain":
-            base, _ = strategies.pretrain(task)
-        elif cell == "extract":
-            features, _ = feature_extraction(base, task)
-        elif cell == "fine_tune":
-            tuned, _ = fine_tune(base, task)
-        else:
-            X, y = shifted_domain(*task.test, scale=1.5, rng=np.random)
-            adapted, _ = adapt(base, X[:20], y[:20])
-    scored = [(m, *task.test) for m in (base, features, tuned)] + [(base, X, y), (adapted, X, y)]
-    return torch.stack([predict(m, X) for m, X, _ in scored]), torch.stack([y for *_, y in scored])
+    runs = replay(published_task(), earlier).values()
+    return torch.stack([predict(m, X) for m, X, _ in runs]), torch.stack([y for *_, y in runs])
 
 
 @pytest.mark.parametrize(
-    "earlier, published", [(EARLIER, [81, 55, 76, 57, 58]), ((), [84, 61, 81, 44, 46])]
+    "earlier, published", [(8, [81, 55, 76, 57, 58]), (0, [84, 61, 81, 44, 46])]
 )
 def test_published_numbers_follow_from_the_kernels_history(earlier, published):
-    logits, y = replay(*earlier)
+    logits, y = logits_and_labels(earlier)
     assert (logits.argmax(-1) == y).sum(1).tolist() == published
+
+
+def test_fast_forward_draws_what_the_earlier_cells_draw():
+    task, of = published_task(), PUBLISHED
+    torch.manual_seed(42), np.random.seed(42)
+    for _ in range(3):
+        base = MLP()
+        fit(base, *task.train, lr=1e-3, epochs=2)
+    fine_tune(base, *task.train, **of["features"])
+    for _ in range(3):
+        fine_tune(base, *task.train, **of["tuning"])
+    for _ in range(3):
+        X, y = shifted_domain(*task.test, scale=1.5, rng=np.random)
+        fine_tune(base, X[:20], y[:20], **of["adaptation"])
+    run = torch.rand(1), np.random.rand()
+    torch.manual_seed(42), np.random.seed(42)
+    fast_forward(task, 8, "pre-training")
+    MLP()
+    fast_forward(task, 8, "feature extraction")
+    with_fresh_head(base)
+    fast_forward(task, 8, "fine-tuning")
+    assert (torch.rand(1), np.random.rand()) == run
 
 
 @pytest.mark.parametrize(
@@ -75,12 +85,12 @@ def test_published_numbers_follow_from_the_kernels_history(earlier, published):
     ids=str,
 )
 def test_no_decision_behind_the_published_numbers_changes_with_the_processor(setting, tmp_path):
-    script = "import sys, torch; from tests.test_strategies import EARLIER, replay; "
-    script += "torch.save(replay(*EARLIER)[0], sys.argv[1])"
+    script = "import sys, torch; from tests.test_strategies import logits_and_labels; "
+    script += "torch.save(logits_and_labels(8)[0], sys.argv[1])"
     env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} | setting
     command = [sys.executable, "-c", script, str(tmp_path / "logits.pt")]
     subprocess.run(command, cwd=ROOT, env=env, check=True)
-    here, there = replay(*EARLIER)[0], torch.load(tmp_path / "logits.pt")
+    here, there = logits_and_labels(8)[0], torch.load(tmp_path / "logits.pt")
     margin = here.topk(2).values.diff().abs().min().item()
     drift = (here - there).abs().max().item()
     told = f"the closest of 500 decisions has margin {margin:.1e}, logits drift by {drift:.1e}"
@@ -92,31 +102,63 @@ def test_no_decision_behind_the_published_numbers_changes_with_the_processor(set
 def pretrained():
     with reproducible(0):
         task = published_task(n_samples=120)
-        yield strategies.pretrain(task, epochs=5)[0], task
+        model = MLP()
+        fit(model, *task.train, lr=1e-3, epochs=5)
+        yield model, task
 
 
 @pytest.mark.parametrize(
-    "strategy, options, first, count",
+    "options, first, count",
     [
-        (feature_extraction, {}, 3, 132),
-        (fine_tune, {}, 1, 6_372),
-        (fine_tune, {"from_stage": 0}, 0, 7_716),
-        (fine_tune, {"from_stage": 3}, 3, 132),
-        (adapt, {}, 2, 2_212),
-        (adapt, {"fresh_head": False, "from_stage": 3}, 3, 132),
+        ({"from_stage": -1}, 3, 132),  # feature extraction
+        ({"from_stage": 3, "head_lr": 1e-2}, 3, 132),
+        ({"from_stage": 1, "head_lr": 1e-2}, 1, 6_372),
+        ({"from_stage": 0}, 0, 7_716),
+        ({"from_stage": 2}, 2, 2_212),
+        ({"from_stage": 3, "fresh_head": False}, 3, 132),
     ],
 )
-def test_each_strategy_trains_what_it_says_on_a_copy(pretrained, strategy, options, first, count):
+def test_each_strategy_trains_what_it_says_on_a_copy(pretrained, options, first, count):
     base, task = pretrained
     before = copied(base)
-    rows = task.train if strategy is adapt else (task,)
-    model, history = strategy(base, *rows, epochs=3, **options)
+    model, history = fine_tune(base, *task.train, lr=1e-3, epochs=3, **options)
     trained = [k for k in before if k.rpartition(".")[0] in STAGES[first:]]
     assert moved(model, before) == trained and count_parameters(model) == (count, 7_716)
     assert not moved(base, before) and all(p.requires_grad for p in base.parameters())
     assert all(p.grad is None for p in base.parameters()) and len(history["loss"]) == 3
     if not options.get("fresh_head", True):
         assert (model.head.weight - base.head.weight).abs().max() < 0.01
+
+
+def test_a_head_of_another_task_learns_at_a_rate_of_its_own(pretrained):
+    base, (X, y) = pretrained[0], pretrained[1].train
+    torch.manual_seed(1)
+    fresh = with_fresh_head(base, 2)
+    torch.manual_seed(1)
+    rates = {"lr": 1e-9, "head_lr": 1e-2, "n_classes": 2}
+    model, history = fine_tune(base, X, y % 2, from_stage=0, epochs=3, batch_size=32, **rates)
+    steps = {k: (p - fresh.get_parameter(k)).abs().max() for k, p in model.named_parameters()}
+    assert max(step for k, step in steps.items() if k.startswith("backbone")) < 1e-7
+    assert steps["head.weight"] > 5e-3 and len(history["loss"]) == 3
+
+
+def test_a_fresh_head_is_never_forgotten(pretrained):
+    base, task = pretrained
+    with pytest.raises(ValueError, match=r"the rates for \['head'\] cover nothing; trainable are"):
+        fine_tune(base, *task.train, lr=1e-3, epochs=1, from_stage=4)
+    with pytest.raises(ValueError, match="cannot freeze to stage 5: there are 4"):
+        fine_tune(base, *task.train, lr=1e-3, epochs=1, from_stage=5)
+
+
+def test_fit_takes_one_rate_or_several_and_passes_options_on(pretrained):
+    model, task = pretrained
+    before, several = copied(model), copy.deepcopy(model)
+    first = fit(model, *task.train, lr=1e-2, epochs=2, batch_size=32, clip_norm=1.0)
+    rates = {"backbone": 1e-2, "head": 1e-2}
+    assert fit(several, *task.train, lr=rates, epochs=2, batch_size=32, clip_norm=1.0) == first
+    assert not moved(several, copied(model)) and moved(model, before) == list(before)
+    with pytest.raises(ValueError, match=r"no learning rate for 'head\.weight'"):
+        fit(model, *task.train, lr={"backbone": 1e-2}, epochs=1)
 
 
 def test_a_linear_probe_is_head_training_and_lp_ft_starts_where_it_ends(pretrained):
@@ -128,8 +170,7 @@ def test_a_linear_probe_is_head_training_and_lp_ft_starts_where_it_ends(pretrain
     linear_probe(probed, *task.train, epochs=50, lr=1e-2)
     assert moved(probed, before) == ["head.weight", "head.bias"]
     freeze(through.backbone)
-    optimizer = Adam(through.head.parameters(), lr=1e-2, fused=True)
-    train(through, *task.train, optimizer=optimizer, epochs=50)
+    fit(through, *task.train, lr=1e-2, epochs=50)
     torch.testing.assert_close(probed.head.weight, through.head.weight, atol=1e-12, rtol=0)
     losses = lp_ft(tuned, *task.train, epochs=2, probe_epochs=50)["loss"]
     assert losses[0] == pytest.approx(evaluate(probed, *task.train).loss, abs=1e-12)
@@ -171,3 +212,15 @@ def test_l2_sp_adds_the_squared_distance_and_holds_weights_near_the_start(pretra
         backbone = model.backbone.state_dict(prefix="backbone.").items()
         distances.append(sum((t - start[k]).norm() ** 2 for k, t in backbone))
     assert distances[0] > 2 * distances[1] > 4 * distances[2] > 0
+
+
+def test_l2_sp_pulls_a_copy_and_a_wrapped_model_to_the_same_start(pretrained):
+    model, (X, y) = pretrained[0], pretrained[1].train
+    loss = l2_sp(model, alpha=0.5)
+    for other in (copy.deepcopy(model), torch.compile(model, backend="eager")):
+        for p in other.parameters():
+            p.data += 0.1
+        added = (loss(other, X, y) - cross_entropy(other, X, y)).item()
+        assert added == pytest.approx(0.5 / 2 * 0.1**2 * 7_584, rel=1e-9)
+    with pytest.raises(AttributeError, match="backbone"):
+        loss(nn.Linear(20, 4), X, y)

@@ -7,14 +7,16 @@ import pytest
 import torch
 from torch import nn
 
+from helpers import training
 from helpers.models import TinyTransformer
 from helpers.peft import inject, surgery
-from helpers.study import part2, reproducible, spectrum
-from helpers.study.part2 import LINEAR, TECHNIQUES, fit, prepare, samples
+from helpers.study import part2, reproducible, spectrum, tuning
+from helpers.study.part2 import LINEAR, TECHNIQUES, WAYS, prepare, samples
 from helpers.training import (
     costs,
     count_parameters,
     evaluate,
+    fit,
     freeze,
     operations,
     predict,
@@ -66,7 +68,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretrained")
     part2.pretrained(0, folder=folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(part2, "train", quickly([]))
+        patch.setattr(strategies, "train", quickly([]))
         part2.pretrained(1, folder=folder)
     return folder
 
@@ -82,7 +84,7 @@ def begin(folder, monkeypatch):
 @pytest.fixture
 def trainings(monkeypatch):
     seen = []
-    monkeypatch.setattr(part2, "train", quickly(seen))
+    monkeypatch.setattr(strategies, "train", quickly(seen))
     return seen
 
 
@@ -137,7 +139,7 @@ def test_a_damaged_file_is_told_of_and_made_again(damage, trainings, tmp_path):
 def test_whatever_the_weights_depend_on_leads_to_another_file(
     owner, name, value, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(part2, "train", lambda *args, **options: None)
+    monkeypatch.setattr(strategies, "train", lambda *args, **options: None)
     monkeypatch.setattr(part2.os, "environ", {})
     for seed in (0, 1):
         part2.pretrained(seed, folder=tmp_path)
@@ -210,11 +212,10 @@ def test_lora_plus_and_lp_ft_train_their_own_way_and_others_in_one_group(name, b
         calls.append((epochs, groups))
         return train(model, X, y, optimizer=optimizer, epochs=epochs)
 
-    for module in (part2, strategies):
-        monkeypatch.setattr(module, "train", spy)
+    monkeypatch.setattr(strategies, "train", spy)
     model = prepare(begin, TECHNIQUES[name])
     trained, before = trainable(model), copied(model)
-    history = fit(model, samples(0, "faint")["few"], lr=0.016, epochs=7, name=name)
+    history = WAYS.get(name, fit)(model, *samples(0, "faint")["few"], lr=0.016, epochs=7)
     assert set(moved(model, before)) == trained and set(history) == {"loss"}
     A, B = ({n for n in trained if n.endswith(end)} for end in ("lora_A", "lora_B"))
     expected = [(7, [(0.016, trained)])]
@@ -238,7 +239,7 @@ def test_techniques_start_alike_and_scores_are_those_of_the_rows_asked_for(begin
         return scores[-1]
 
     monkeypatch.setattr(part2, "prepare", prepared)
-    monkeypatch.setattr(part2, "evaluate", scored)
+    monkeypatch.setattr(training, "evaluate", scored)
     rates = {"LoRA": 1e-2, "from scratch": 3e-3, "linear probing": (1e-2, 1e-3), "LP-FT": (0.1,)}
     names = ["not adapted", "LoRA", "from scratch", "linear probing, 0.01"]
     rows = samples(0, "faint")
@@ -270,14 +271,18 @@ def test_a_score_is_a_function_of_seed_rate_technique_and_setting_alone(begin):
 def test_rates_are_tried_on_validation_rows_and_averaged_over_seeds(monkeypatch):
     def planted(seed, *, rates, **options):
         assert options == {"target": "turned", "score_on": "validation", "per_class": 7} | table
-        found = {f"{name}, {lr:g}": seed * lr for name, tried in rates.items() for lr in tried}
-        return found | {"b, 0.1": seed**2, "not adapted": 50.0, "margin": 0.1}
+        assert rates == {"a": list(part2.RATES), "LoRA": list(part2.RATES[:-1])}
+        return {
+            column: seed * lr
+            for name, several in rates.items()
+            for lr, column in tuning.columns(name, several).items()
+        } | {"not adapted": 50.0, "margin": 0.1}
 
-    table = {"techniques": {"a": None, "b": None}}
+    table = {"techniques": {"a": None, "LoRA": None}}
     monkeypatch.setattr(part2, "compare_techniques", planted)
-    options = {"rates": [1e-3, 0.1], "workers": 1, "per_class": 7}
-    found = part2.try_rates("turned", [1, 2, 6], **options, **table)
-    assert found == {"a": {1e-3: 0.003, 0.1: 0.3}, "b": {1e-3: 0.003, 0.1: round(41 / 3, 9)}}
+    found = part2.try_rates("turned", [1, 2, 6], workers=1, per_class=7, **table)
+    assert found["a"] == {lr: round(3 * lr, 9) for lr in part2.RATES}
+    assert list(found["LoRA"]) == list(part2.RATES[:-1])  # the last one is unstable
 
 
 def two_layers():
@@ -400,11 +405,11 @@ def test_the_spectrum_of_an_update_has_share_size_and_intruders(begin, monkeypat
     assert 50 < found["full fine-tuning/share"] < 99
     assert spectrum.update_spectrum(0, rates=rates, **QUICK) == found
 
-    def grown(model, rows, **options):
+    def grown(model, X, y, **options):
         for name in spectrum.linear_weights(model):
             model.blocks.get_submodule(name).weight.data *= 1.25
 
-    monkeypatch.setattr(spectrum, "fit", grown)
+    monkeypatch.setattr(training, "fit", grown)
     weights = spectrum.linear_weights(begin).values()
     energies = [torch.linalg.svdvals(W) ** 2 for W in weights]
     share = np.mean([(100 * e[:4].sum() / e.sum()).item() for e in energies])
@@ -439,22 +444,30 @@ def test_a_demonstration_says_what_holds(name, begin):
     ]
     assert len(history["loss"]) == 3 and len(surgery.adapters(model)) == modules
     trained = prepare(begin, TECHNIQUES[name], seed=0)
-    fit(trained, samples(0, "faint")["few"], lr=1e-2, epochs=3, name=name)
+    WAYS.get(name, fit)(trained, *samples(0, "faint")["few"], lr=1e-2, epochs=3)
     assert same(model, trained)
 
 
 def test_a_demonstration_says_what_does_not_hold(begin, monkeypatch):
-    def clumsy(model, rows, **options):
+    def clumsy(model, X, y, **options):
         model.blocks[0].attention.q_proj.base.weight.data += 1
 
-    monkeypatch.setattr(part2, "fit", clumsy)
-    monkeypatch.setattr(part2, "merge", lambda model: model.head.bias.data.add_(1e-6))
+    monkeypatch.setattr(training, "fit", clumsy)
+    monkeypatch.setattr(part2.peft, "merge", lambda model: model.head.bias.data.add_(1e-6))
     _, _, facts = part2.demonstrate("LoRA", 0, lr=1e-2, **QUICK)
     assert facts[3:6] == [
         "Frozen tensors that moved in 3 steps: 1 of 37",
         "Disabled, the base's outputs return exactly: False",
         "After training: merged into plain layers: False, same outputs: False",
     ]
+
+
+@pytest.mark.parametrize("look", [part2.demonstrate, spectrum.update_spectrum])
+def test_from_scratch_has_no_start_to_look_at(look, begin):
+    rates = {"lr": 1e-2} if look is part2.demonstrate else {"rates": {"from scratch": 1e-2}}
+    names = ["from scratch"] if look is part2.demonstrate else []
+    with pytest.raises(ValueError, match="'from scratch' has no pre-trained start"):
+        look(*names, 0, **rates, **QUICK)
 
 
 def test_each_purpose_has_a_stream_of_its_own(begin):

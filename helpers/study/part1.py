@@ -1,359 +1,189 @@
-"""Part 1's measured experiments: each is a plain function of its seed."""
+"""Part 1's studies on digits: forgetting, label budgets, domain adaptation."""
 
 import copy
 from functools import partial
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression, RidgeClassifier
-from torch.optim import Adam
 
-from helpers.data import digits, few_per_class, published_task, shift_digits, shifted_domain
-from helpers.models import stages, with_fresh_head
-from helpers.models.mlp import MLP
-from helpers.study.seeds import percent, reproducible, run_seeds
-from helpers.training import (
-    adapt,
-    coral,
-    cross_entropy,
-    density_ratio,
-    evaluate,
-    extract_features,
-    feature_extraction,
-    fine_tune,
-    gradual_unfreezing,
-    information_maximization,
-    l2_sp,
-    label_ratio,
-    linear_probe,
-    lp_ft,
-    match_statistics,
-    mmd_loss,
-    param_groups,
-    predict,
-    pretrain,
-    score,
-    train,
-    weighted_cross_entropy,
-)
-
-
-def published_protocol(seed, *, labels=20, shift_scale=1.5, **settings):
-    """Run sections 1.2 to 1.5 once, data draw, split and initialisation all following the seed.
-
-    Parameters
-    ----------
-    seed : int
-    labels : int, default=20
-        Labelled rows of the new domain.
-    shift_scale : float, default=1.5
-        Of `shifted_domain`.
-    **settings : dict of str to object
-        Keyword arguments of one step: `data` of `published_task`, `base` of `pretrain`, `features`
-        of `feature_extraction`, `tuning` of `fine_tune`, `adaptation` of `adapt`.
-
-    Returns
-    -------
-    dict of str to float
-        Accuracies in percent, the published ones and then their corrected versions; and "margin",
-        that of the closest decision behind them.
-
-    Raises
-    ------
-    ValueError
-        If `settings` name another step.
-    """
-    of = {step: {} for step in ("data", "base", "features", "tuning", "adaptation")}
-    if unknown := settings.keys() - of.keys():
-        raise ValueError(f"unknown step {sorted(unknown)}: settings are for {list(of)}")
-    of |= settings
-
-    def _drawn(function, *args, **options):  # pairs: all start from the same random weights
-        with reproducible(seed):
-            return function(*args, **options)
-
-    with reproducible(seed):
-        task = published_task(seed, **of["data"])
-        base, _ = _drawn(pretrain, task, **of["base"])
-        features, _ = _drawn(feature_extraction, base, task, **of["features"])
-        tuned, _ = _drawn(fine_tune, base, task, **of["tuning"])
-        longer, _ = _drawn(fine_tune, base, task, **(of["tuning"] | {"epochs": 200}))
-        X, y = shifted_domain(*task.test, scale=shift_scale, rng=np.random.default_rng(seed))
-        few = base, X[:labels], y[:labels]
-        adapted, _ = _drawn(adapt, *few, **of["adaptation"])
-        kept, _ = _drawn(adapt, *few, fresh_head=False, **of["adaptation"])
-        converged = _drawn(with_fresh_head, base)
-        linear_probe(converged, *task.train, epochs=300, lr=0.1)
-        honest = published_task(seed, scale_on="train", **of["data"])
-        rescaled, _ = _drawn(pretrain, honest, **of["base"])
-        rest = X[labels:], y[labels:]
-        scores = {
-            "pre-trained": evaluate(base, *task.test),
-            "feature extraction": evaluate(features, *task.test),
-            "fine-tuning": evaluate(tuned, *task.test),
-            "before adaptation": evaluate(base, X, y),
-            "after adaptation": evaluate(adapted, X, y),
-            "before, other rows": evaluate(base, *rest),
-            "after, other rows": evaluate(adapted, *rest),
-            "after from the trained head, other rows": evaluate(kept, *rest),
-            "feature extraction, longer": evaluate(converged, *task.test),
-            "fine-tuning, longer": evaluate(longer, *task.test),
-            "pre-trained, scaler on training rows": evaluate(rescaled, *honest.test),
-        }
-        seen, unseen = (extract_features(converged, X) for X in (task.X_train, task.X_test))
-        for name, head in {
-            "logistic head": LogisticRegression(solver="newton-cholesky", tol=1e-8),
-            "closed-form head": RidgeClassifier(),
-        }.items():
-            logits = torch.as_tensor(head.fit(seen, task.y_train).decision_function(unseen))
-            if logits.ndim == 1:  # scikit-learn's two classes share one column
-                logits = torch.stack([-logits, logits], 1)
-            scores[name] = score(logits, task.y_test)
-    return percent(scores)
-
-
-def source_model(start, X, y, *, weights=None):
-    """Return a copy of `start`, all of it trained on digits for 100 full-batch steps.
-
-    Parameters
-    ----------
-    start : MLP
-    X : Tensor of shape (n, 64)
-    y : int64 Tensor of shape (n,)
-    weights : Tensor of shape (n,), optional
-        How much each row counts; None counts them alike.
-
-    Returns
-    -------
-    MLP
-    """
-    model = copy.deepcopy(start)
-    loss = cross_entropy if weights is None else weighted_cross_entropy(weights)
-    optimizer = Adam(model.parameters(), lr=1e-2, fused=True)
-    train(model, X, y, optimizer=optimizer, epochs=100, loss=loss)
-    return model
-
+from helpers import data, models, training
+from helpers.study.seeds import percent, reproducible
+from helpers.study.tuning import best, columns, try_settings
 
 # Validation rows decide which of these a method gets. At 0.1 training is so unstable that rounding
 # grows until processors disagree on accuracies.
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 
-TARGETS = {  # what the target images went through: kind and strength of `shift_digits`
+IMAGES = {  # what the images of a domain went through: kind and strength of `shift_digits`
+    "none": ("none", 0.0),
     "noisy": ("noise", 0.3),
     "inverted": ("inversion", 0.0),
+    "turned 30°": ("rotation", 30.0),
     "turned 90°": ("rotation", 90.0),
+    "low contrast": ("contrast", 0.3),
 }
 
+TARGETS = ("noisy", "inverted", "turned 90°")
 
-def full_fine_tuning(model, X, y, *, lr, below=1.0, alpha=0.0):
-    """Train everything for 100 full-batch steps, in place.
+SHIFTS = ("none", "noisy", "turned 30°", "low contrast", "label shift", "concept shift")
 
-    Parameters
-    ----------
-    model : nn.Module
-    X : Tensor of shape (n, d)
-    y : int64 Tensor of shape (n,)
-    lr : float
-        Adam's learning rate for the top stage.
-    below : float, default=1.0
-        Rate of each stage as a share of the rate of the stage above it.
-    alpha : float, default=0.0
-        Strength of `l2_sp`, the pull to where the weights start.
+
+def source_model(start, X, y, **options):
+    """Return a copy of `start`, all of it trained on digits for 100 full-batch steps at 0.01."""
+    model = copy.deepcopy(start)
+    training.fit(model, X, y, lr=1e-2, epochs=100, **options)
+    return model
+
+
+def discriminative_rates(model, X, y, *, lr):
+    """Train everything for 100 steps, each stage 2.6 times as slowly as the one above it.
+
+    The factor is that of Howard & Ruder (2018), section 3.2, arXiv:1801.06146.
     """
-    names = list(stages(model))
-    rates = {name: lr * below ** (len(names) - 1 - i) for i, name in enumerate(names)}
-    loss = l2_sp(model, alpha=alpha) if alpha else cross_entropy
-    optimizer = Adam(param_groups(model, rates), fused=True)
-    train(model, X, y, optimizer=optimizer, epochs=100, loss=loss)
+    from_top = reversed(models.stages(model))
+    rates = {stage: lr * (1 / 2.6) ** i for i, stage in enumerate(from_top)}
+    training.fit(model, X, y, lr=rates, epochs=100)
+
+
+def pulled_to_start(model, X, y, *, lr):
+    """Train everything for 100 steps with the penalty of `l2_sp`, of strength 0.1."""
+    training.fit(model, X, y, lr=lr, epochs=100, loss=training.l2_sp(model, alpha=0.1))
 
 
 FORGETTING = {  # each a function of model, X, y and lr, of 100 epochs in all
-    "full fine-tuning": full_fine_tuning,
-    "discriminative rates": partial(full_fine_tuning, below=1 / 2.6),  # Howard & Ruder's factor
-    "gradual unfreezing": partial(gradual_unfreezing, epochs=100),
-    "LP-FT": partial(lp_ft, epochs=50, probe_epochs=50, probe_lr=3e-2),
-    "L2-SP": partial(full_fine_tuning, alpha=0.1),
-    "linear probing": partial(linear_probe, epochs=100),
+    "full fine-tuning": partial(training.fit, epochs=100),
+    "discriminative rates": discriminative_rates,
+    "gradual unfreezing": partial(training.gradual_unfreezing, epochs=100),
+    "LP-FT": partial(training.lp_ft, epochs=50, probe_epochs=50, probe_lr=3e-2),
+    "L2-SP": pulled_to_start,
+    "linear probing": partial(training.linear_probe, epochs=100),
 }
 
 
 def forgetting(seed, *, per_class=20):
     """Adapt a digit model to images turned by 90 degrees in six ways; score it on both domains.
 
-    Each domain has a head of its own, as for two tasks: the new head starts fresh, the source
-    accuracy is that of the old head on the adapted backbone.
-
-    Parameters
-    ----------
-    seed : int
-    per_class : int, default=20
-        Labelled target images of each digit; as many others choose the learning rate.
-
-    Returns
-    -------
-    dict of str to float
-        Accuracies in percent on held-out images, for each method at each rate ("method,
-        rate/source" and "/target") and at the rate that did best on the validation images
-        ("method/source" and "/target"), with that rate ("method/rate"); and "margin".
+    The method and its rate are varied, `per_class` labelled images and as many to choose the rate
+    are fixed. Each domain has a head of its own, as for two tasks: the new one starts fresh, the
+    source accuracy is that of the old head on the adapted backbone. Returns accuracies in percent
+    on held-out images, at each rate ("method, rate/source" and "/target") and at the rate that did
+    best on validation images ("method/source" and "/target"), that rate ("method/rate"), "margin".
     """
     with reproducible(seed):
         rng = np.random.default_rng(seed)
-        source, source_test, pool, target_test = digits(rng, (650, 300, 500, 347))
+        source, source_test, pool, target_test = data.digits(rng, (650, 300, 500, 347))
         pool, target_test = (_shifted(rows, "turned 90°", rng) for rows in (pool, target_test))
-        rows = few_per_class(pool[1], 2 * per_class, rng).split(per_class, dim=1)
+        rows = data.few_per_class(pool[1], 2 * per_class, rng).split(per_class, dim=1)
         (X, y), validation = ((pool[0][r.flatten()], pool[1][r.flatten()]) for r in rows)
-        base = source_model(MLP(64, n_classes=10), *source)
-        start = with_fresh_head(base)
-        scores, chosen, validated = {}, {}, []
+        base = source_model(models.MLP(64, n_classes=10), *source)
+        start = models.with_fresh_head(base)
+        scores = {"pre-trained/source": training.evaluate(base, *source_test)}
+        validated, chosen = {}, {}
         for name, method in FORGETTING.items():
-            best = -1
-            for lr in RATES:
+            tries = columns(name, RATES)
+            for lr, column in tries.items():
                 model = copy.deepcopy(start)
                 method(model, X, y, lr=lr)
-                validated.append(evaluate(model, *validation))
-                on_target = evaluate(model, *target_test)
+                validated[column] = training.evaluate(model, *validation)
+                scores[f"{column}/target"] = training.evaluate(model, *target_test)
                 model.head = base.head
-                on_source = evaluate(model, *source_test)
-                names = [f"{name}, {lr:g}"]
-                if validated[-1].correct > best:
-                    names, best = [*names, name], validated[-1].correct
-                    chosen[f"{name}/rate"] = lr
-                for n in names:
-                    scores |= {f"{n}/target": on_target, f"{n}/source": on_source}
-        scores["pre-trained/source"] = evaluate(base, *source_test)
-    return percent(scores, *validated) | chosen
+                scores[f"{column}/source"] = training.evaluate(model, *source_test)
+            lr = chosen[f"{name}/rate"] = max(RATES, key=lambda lr: validated[tries[lr]].correct)
+            for side in ("target", "source"):
+                scores[f"{name}/{side}"] = scores[f"{tries[lr]}/{side}"]
+    return percent(scores, *validated.values()) | chosen
 
 
 BUDGETS = (1, 3, 10, 30, 50)  # labelled target images of each digit
 
-METHODS = {"from scratch": full_fine_tuning, "fine-tuning": full_fine_tuning} | {
-    name: FORGETTING[name] for name in ("linear probing", "LP-FT")
-}
+METHODS = {"from scratch": "full fine-tuning", "fine-tuning": "full fine-tuning"}
+METHODS |= {"linear probing": "linear probing", "LP-FT": "LP-FT"}  # which of `FORGETTING` they are
 
 
 def label_budget(seed, *, target, rates, budgets=BUDGETS, score_on="test"):
-    """Train four ways on a few labelled target images, for each label budget.
+    """Train by each of `METHODS` on a few labelled images of a target, for each label budget.
 
-    Parameters
-    ----------
-    seed : int
-    target : str
-        A key of `TARGETS`.
-    rates : dict of str to float or tuple of float
-        Learning rate of each of `METHODS`, or several to try.
-    budgets : sequence of int
-        Labelled images of each digit; smaller samples are parts of larger ones.
-    score_on : {"test", "validation"}
-        Validation images are for choosing `rates`; no image is in both.
-
-    Returns
-    -------
-    dict of str to float
-        "method/budget", or "method, rate/budget" where there are several: accuracy in percent; and
-        "margin".
+    Method and budget are varied, smaller samples being parts of larger ones; "from scratch" starts
+    from random weights. Fixed are `target`, one of `TARGETS`, and each method's learning rate, or
+    several to try. Rates are chosen on "validation" images, `score_on`, none of which is a "test"
+    image. Returns accuracies in percent, "method/budget", or "method/budget, rate" where there are
+    several; and "margin".
     """
     with reproducible(seed):
         rng = np.random.default_rng(seed)
-        source, pool, validation, test = digits(rng, (650, 540, 200, 407))
+        source, pool, validation, test = data.digits(rng, (650, 540, 200, 407))
         pool, validation, test = (_shifted(rows, target, rng) for rows in (pool, validation, test))
         held_out = {"test": test, "validation": validation}[score_on]
-        fresh = MLP(64, n_classes=10)
-        transferred = with_fresh_head(source_model(fresh, *source))
-        order = few_per_class(pool[1], max(budgets), rng)
-        scores = {}
+        fresh = models.MLP(64, n_classes=10)
+        transferred = models.with_fresh_head(source_model(fresh, *source))
+        order, scores = data.few_per_class(pool[1], max(budgets), rng), {}
         for k in budgets:
             X, y = (part[order[:, :k].flatten()] for part in pool)
             for name, method in METHODS.items():
-                for lr in np.atleast_1d(rates[name]):
+                for lr, column in columns(f"{name}/{k}", rates[name]).items():
                     model = copy.deepcopy(fresh if name == "from scratch" else transferred)
-                    method(model, X, y, lr=float(lr))
-                    label = name if np.isscalar(rates[name]) else f"{name}, {lr:g}"
-                    scores[f"{label}/{k}"] = evaluate(model, *held_out)
+                    FORGETTING[method](model, X, y, lr=lr)
+                    scores[column] = training.evaluate(model, *held_out)
     return percent(scores)
 
 
 def choose_rates(target, seeds, *, workers=None):
-    """Choose each method's learning rate on validation images: best mean accuracy over seeds.
+    """Choose each method's learning rate for a target, on validation images at 10 labels a class.
 
-    Parameters
-    ----------
-    target : str
-        A key of `TARGETS`.
-    seeds : sequence of int
-        Others than those of the measurement.
-    workers : int, optional
-        As in `helpers.study.run_seeds`.
-
-    Returns
-    -------
-    dict of str to float
-        One of `RATES` for each of `METHODS`.
+    The rate is varied over `RATES`; seeds are others than those of the measurement. Returns the
+    rate with the best mean accuracy for each of `METHODS`.
     """
-    settings = {"target": target, "budgets": (10,), "score_on": "validation"}
-    experiment = partial(label_budget, rates=dict.fromkeys(METHODS, RATES), **settings)
-    tried = {k: v.mean().round(9) for k, v in run_seeds(experiment, seeds, workers=workers).items()}
-    return {name: max(RATES, key=lambda lr: tried[f"{name}, {lr:g}/10"]) for name in METHODS}
-
-
-SHIFTS = ("none", "noisy", "turned 30°", "low contrast", "label shift", "concept shift")
+    tries = {name: columns(f"{name}/10", RATES) for name in METHODS}
+    options = {"target": target, "budgets": (10,), "rates": dict.fromkeys(METHODS, RATES)}
+    return best(try_settings(label_budget, tries, seeds, workers=workers, **options)[0])
 
 
 def adaptation(seed, *, shift):
     """Adapt a digit model to a shifted domain in the classic ways, and choose between them.
 
-    Unsupervised methods see the target pool's images, never its labels nor the test images.
-
-    Parameters
-    ----------
-    seed : int
-    shift : str
-        One of `SHIFTS`.
-
-    Returns
-    -------
-    dict of str to float
-        Accuracy in percent of each method on target test images; and "margin".
+    The method is varied, `shift`, one of `SHIFTS`, is fixed. Unsupervised methods see the target
+    pool's images, never its labels nor the test images. Returns accuracy in percent of each method
+    on target test images; and "margin".
     """
     with reproducible(seed):
         rng = np.random.default_rng(seed)
-        source, held_out, pool, test = digits(rng, (400, 200, 600, 597))
-        pool, test = (_shifted(rows, shift, rng) for rows in (pool, test))
-        fresh = MLP(64, n_classes=10)
-        base = source_model(fresh, *source)
-        guess = [predict(base, X).argmax(-1) for X in (held_out[0], pool[0])]
-        of_class = label_ratio(guess[0], held_out[1], guess[1], n_classes=10)
-        like_source = partial(match_statistics, X_target=pool[0], X_source=source[0])
-        as_is = torch.Tensor.clone
-        recoloured = coral(source[0], pool[0], ridge=0.1), source[1]
-        of_row = density_ratio(source[0], pool[0])
-        candidates = {  # a model, and what happens to target images before it reads them
-            "source only": (base, as_is),
-            "target statistics": (base, like_source),
-            "CORAL": (source_model(fresh, *recoloured), as_is),
-            "importance weights": (source_model(fresh, *source, weights=of_row), as_is),
-            "label weights": (source_model(fresh, *source, weights=of_class[source[1]]), as_is),
-        }
-        for weight in (0.3, 3.0):
-            model = copy.deepcopy(base)
-            loss = mmd_loss(pool[0][:128], weight=weight)
-            optimizer = Adam(model.parameters(), lr=1e-3, fused=True)
-            train(model, *source, optimizer=optimizer, epochs=15, batch_size=128, loss=loss)
-            candidates[f"MMD, weight {weight:g}"] = model, as_is
-        scores = {
-            name: evaluate(model, view(test[0]), test[1])
-            for name, (model, view) in candidates.items()
-        }
-        logits = {name: predict(model, view(pool[0])) for name, (model, view) in candidates.items()}
-        unseen = max(logits, key=lambda name: information_maximization(logits[name]))
-        peeked = {name: score(logits[name], pool[1]) for name in logits}
+        source, held_out, pool, test = data.digits(rng, (400, 200, 600, 597))
+        (X, y), test = (_shifted(rows, shift, rng) for rows in (pool, test))
+        candidates, scores, logits = _adapted(source, held_out, X), {}, {}
+        for name, (model, view) in candidates.items():
+            scores[name] = training.evaluate(model, view(test[0]), test[1])
+            logits[name] = training.predict(model, view(X))
+        unseen = max(logits, key=lambda name: training.information_maximization(logits[name]))
+        peeked = {name: training.score(logits[name], y) for name in logits}
         seen = max(peeked, key=lambda name: peeked[name].correct)
         scores |= {"chosen without labels": scores[unseen], "chosen by the oracle": scores[seen]}
-        few = few_per_class(pool[1], 3, rng).flatten()
+        few = data.few_per_class(y, 3, rng).flatten()
         for name, rows in {"3 labels per class": few, "all labels (oracle)": slice(None)}.items():
-            model = copy.deepcopy(base)
-            full_fine_tuning(model, pool[0][rows], pool[1][rows], lr=1e-3)
-            scores[name] = evaluate(model, *test)
+            model = copy.deepcopy(candidates["source only"][0])
+            training.fit(model, X[rows], y[rows], lr=1e-3, epochs=100)
+            scores[name] = training.evaluate(model, *test)
     return percent(scores, *peeked.values())
+
+
+def _adapted(source, held_out, X):
+    """Return each unsupervised method's model, and what target images go through before it."""
+    fresh, as_is = models.MLP(64, n_classes=10), torch.Tensor.clone
+    base = source_model(fresh, *source)
+    guess = [training.predict(base, images).argmax(-1) for images in (held_out[0], X)]
+    of_class = training.label_ratio(guess[0], held_out[1], guess[1], n_classes=10)
+    like_source = partial(training.match_statistics, X_target=X, X_source=source[0])
+    recoloured = training.coral(source[0], X, ridge=0.1), source[1]
+    found = {"source only": (base, as_is), "target statistics": (base, like_source)}
+    found["CORAL"] = source_model(fresh, *recoloured), as_is
+    of_row = {"importance": training.density_ratio(source[0], X), "label": of_class[source[1]]}
+    for kind, weights in of_row.items():
+        loss = training.weighted_cross_entropy(weights)
+        found[f"{kind} weights"] = source_model(fresh, *source, loss=loss), as_is
+    for weight in (0.3, 3.0):
+        model, loss = copy.deepcopy(base), training.mmd_loss(X[:128], weight=weight)
+        training.fit(model, *source, lr=1e-3, epochs=15, batch_size=128, loss=loss)
+        found[f"MMD, weight {weight:g}"] = model, as_is
+    return found
 
 
 def _shifted(rows, name, rng):
@@ -365,12 +195,6 @@ def _shifted(rows, name, rng):
         kept = kept.sort().values  # in the order they came, not class by class
         return X[kept], y[kept]
     if name == "concept shift":  # 1 and 7, 3 and 8 exchange their names
-        names = torch.tensor([0, 7, 2, 8, 4, 5, 6, 1, 3, 9])
-        return X, names[y]
-    others = {
-        "none": ("none", 0.0),
-        "turned 30°": ("rotation", 30.0),
-        "low contrast": ("contrast", 0.3),
-    }
-    kind, strength = (TARGETS | others)[name]
-    return shift_digits(X, kind, strength=strength, rng=rng), y
+        return X, torch.tensor([0, 7, 2, 8, 4, 5, 6, 1, 3, 9])[y]
+    kind, strength = IMAGES[name]
+    return data.shift_digits(X, kind, strength=strength, rng=rng), y

@@ -5,23 +5,14 @@ import copy
 import numpy as np
 import torch
 
-from helpers.peft import merge
-from helpers.study.part2 import TECHNIQUES, _check_transferred, fit, prepare, samples, start
+from helpers import peft, training
+from helpers.study import part2
 
 
 def linear_weights(model):
-    """Return the effective weights of a transformer's linear layers in its blocks, adapters merged.
-
-    Parameters
-    ----------
-    model : TinyTransformer
-
-    Returns
-    -------
-    dict of str to Tensor of shape (out, in)
-    """
+    """Return the weights of a transformer's linear layers in its blocks, adapters merged."""
     model = copy.deepcopy(model)
-    merge(model)
+    peft.merge(model)
     return {
         name: module.weight.detach()
         for name, module in model.blocks.named_modules()
@@ -32,45 +23,19 @@ def linear_weights(model):
 def intruders(W, W0, *, k=8, threshold=0.6):
     """Count intruder dimensions: new directions among the strongest of a trained weight.
 
-    Of W's `k` leading left singular vectors, those whose cosine with every one of W0's is below
-    `threshold` in absolute value.
-
-    Parameters
-    ----------
-    W, W0 : Tensor of shape (out, in)
-        The trained and the pre-trained weight.
-    k : int, default=8
-    threshold : float, default=0.6
-
-    Returns
-    -------
-    int
-
-    References
-    ----------
-    Shuttleworth et al. (2024), section 3, arXiv:2410.21228.
+    Of the `k` leading left singular vectors of W, those are counted whose cosine with every one of
+    W0's, the pre-trained weight's, is below `threshold` in absolute value (Shuttleworth et al.
+    2024, section 3, arXiv:2410.21228).
     """
     U, U0 = (torch.linalg.svd(M, full_matrices=False).U for M in (W, W0))
     return int(((U[:, :k].T @ U0).abs().amax(1) < threshold).sum())
 
 
 def magnitude_and_direction(W, W0):
-    """Return how far rows changed in length and in direction, as means over the rows.
+    """Return how far the rows of W are from W0's in length and in direction, as means over rows.
 
-    Parameters
-    ----------
-    W, W0 : Tensor of shape (out, in)
-
-    Returns
-    -------
-    magnitude : float
-        Mean of | ||w|| - ||w0|| |.
-    direction : float
-        Mean of 1 - cos(w, w0).
-
-    References
-    ----------
-    Liu et al. (2024), section 3.2, arXiv:2402.09353.
+    They are the means of | ||w|| - ||w0|| | and of 1 - cos(w, w0) (Liu et al. 2024, section 3.2,
+    arXiv:2402.09353).
     """
     magnitude = (W.norm(dim=1) - W0.norm(dim=1)).abs().mean()
     direction = (1 - torch.cosine_similarity(W, W0, dim=1)).mean()
@@ -80,29 +45,18 @@ def magnitude_and_direction(W, W0):
 def update_spectrum(seed, *, target, rates, per_class=10, epochs=40):
     """Train techniques and look at what they did to the weights of the blocks.
 
-    Parameters
-    ----------
-    seed : int
-    target : str
-        A key of `TARGETS`.
-    rates : dict of str to float
-        Learning rate of each technique; each must be mergeable.
-    per_class, epochs : int
-        As in `samples` and `fit`.
-
-    Returns
-    -------
-    dict of str to float
-        Means over the weight matrices: "technique/share", the percentage of the update's squared
-        singular values that the four largest hold; "technique/size", its Frobenius norm in percent
-        of the weight's; "technique/intruders" among the eight leading directions.
+    The technique is varied, each mergeable and at its learning rate in `rates`; fixed are `target`,
+    `per_class` and `epochs`. Returns means over the weight matrices: "technique/share", the
+    percentage of the update's squared singular values that the four largest hold;
+    "technique/size", its Frobenius norm in percent of the weight's; "technique/intruders" among
+    the eight leading directions.
     """
-    rows, transferred = samples(seed, target, per_class=per_class), start(seed)
+    rows, transferred = part2.samples(seed, target, per_class=per_class), part2.start(seed)
     before, found = linear_weights(transferred), {}
     for name, lr in rates.items():
-        _check_transferred(name)
-        model = prepare(transferred, TECHNIQUES[name], seed=seed)
-        fit(model, rows["few"], lr=lr, epochs=epochs, name=name)
+        part2.check_transferred(name)
+        model = part2.prepare(transferred, part2.TECHNIQUES[name], seed=seed)
+        part2.WAYS.get(name, training.fit)(model, *rows["few"], lr=lr, epochs=epochs)
         after, looks = linear_weights(model), []
         for layer, W0 in before.items():
             energy = torch.linalg.svdvals(after[layer] - W0) ** 2

@@ -29,12 +29,10 @@ from helpers.training.freezing import (
 from helpers.training.loop import cross_entropy, train
 from helpers.training.scoring import Score, evaluate, extract_features, predict, score
 from helpers.training.strategies import (
-    adapt,
-    feature_extraction,
     fine_tune,
+    fit,
     gradual_unfreezing,
     l2_sp,
     linear_probe,
     lp_ft,
-    pretrain,
 )

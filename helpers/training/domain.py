@@ -1,7 +1,4 @@
-"""Unsupervised domain adaptation: align, reweight, match, and choose without target labels.
-
-Samples that are empty, no matrix, or of unequal width raise a ValueError that names them.
-"""
+"""Unsupervised domain adaptation: align, reweight, match, and choose without target labels."""
 
 import torch
 from sklearn.linear_model import LogisticRegression
@@ -20,6 +17,15 @@ def match_statistics(X, X_target, X_source, *, floor=1e-6):
     floor : float, default=1e-6
         Smaller target deviations count as this one: a constant column becomes the source mean.
 
+    Returns
+    -------
+    Tensor of shape (k, d)
+
+    Raises
+    ------
+    ValueError
+        If a sample is empty, no matrix, or of another width than the others; it is named.
+
     References
     ----------
     AdaBN on any layer: Li et al. (2016), Algorithm 1, arXiv:1603.04779.
@@ -34,8 +40,8 @@ def match_statistics(X, X_target, X_source, *, floor=1e-6):
 def coral(X_source, X_target, *, ridge=1.0):
     """Return (X_source - m_s) (C_s + ridge I)^(-1/2) (C_t + ridge I)^(1/2) + m_t.
 
-    CORAL (Sun, Feng & Saenko 2016, Algorithm 1, arXiv:1511.05547). The means, 0 in the paper, move
-    too: a model trained on the result reads target rows as they are. C divides by n.
+    The means, 0 in the paper, move too: a model trained on the result reads target rows as they
+    are. C divides by n.
 
     Parameters
     ----------
@@ -43,10 +49,19 @@ def coral(X_source, X_target, *, ridge=1.0):
     ridge : float, default=1.0
         Suits columns of variance 1; beside much smaller variances only the means move.
 
+    Returns
+    -------
+    Tensor of shape (n, d)
+
     Raises
     ------
     ValueError
-        If C_s + ridge I is singular: its inverse root does not exist.
+        If C_s + ridge I is singular, so that its inverse root does not exist; or if a sample is
+        empty, no matrix, or of another width than the other.
+
+    References
+    ----------
+    CORAL: Sun, Feng & Saenko (2016), Algorithm 1, arXiv:1511.05547.
     """
     _check_columns(X_source=X_source, X_target=X_target)
     (m_s, v_s, U_s), (m_t, v_t, U_t) = (
@@ -60,15 +75,28 @@ def coral(X_source, X_target, *, ridge=1.0):
 
 
 def density_ratio(X_source, X_target):
-    """Return p_t(x) / p_s(x) of each source row, (n,), scaled to mean 1.
+    """Return p_t(x) / p_s(x) of each source row, scaled to mean 1: weights for covariate shift.
 
-    Weights for covariate shift (Shimodaira 2000, doi:10.1016/S0378-3758(00)00115-4): the odds of a
-    logistic discriminator (Bickel et al. 2009, JMLR 10:2137-2155; Sugiyama et al. 2012, chapter 4,
-    doi:10.1017/CBO9781139035613). Its L2 penalty (C = 1) expects columns of like scale.
+    They are the odds of a logistic discriminator, whose L2 penalty (C = 1) expects columns of like
+    scale.
 
     Parameters
     ----------
     X_source, X_target : Tensor of shape (n, d) and (m, d)
+
+    Returns
+    -------
+    Tensor of shape (n,)
+
+    Raises
+    ------
+    ValueError
+        If a sample is empty, no matrix, or of another width than the others; it is named.
+
+    References
+    ----------
+    Shimodaira (2000), doi:10.1016/S0378-3758(00)00115-4; Bickel et al. (2009), JMLR 10:2137-2155;
+    Sugiyama et al. (2012), chapter 4, doi:10.1017/CBO9781139035613.
     """
     _check_columns(X_source=X_source, X_target=X_target)
     X = torch.cat([X_source, X_target]).detach().cpu().numpy()
@@ -79,12 +107,11 @@ def density_ratio(X_source, X_target):
 
 
 def label_ratio(predicted_source, y_source, predicted_target, *, n_classes):
-    """Solve C w = mu for w = p_t(y) / p_s(y), float64 (n_classes,), and clip it at 0.
+    """Solve C w = mu for w = p_t(y) / p_s(y), and clip it at 0: rows labelled y then weigh w[y].
 
-    BBSE (Lipton, Wang & Smola 2018, Algorithm 1, arXiv:1802.03916): C[i, j] is the share of source
-    rows predicted i and labelled j, mu[i] that of target rows predicted i; rows labelled y then
-    weigh w[y]. If C is singular, w is the least-squares solution nearest to 1, no correction
-    without evidence (w - 1 as in Azizzadenesheli et al. 2019, section 2, arXiv:1903.09734).
+    C[i, j] is the share of source rows predicted i and labelled j, mu[i] that of target rows
+    predicted i. If C is singular, w is the least-squares solution nearest to 1: no correction
+    without evidence.
 
     Parameters
     ----------
@@ -92,6 +119,20 @@ def label_ratio(predicted_source, y_source, predicted_target, *, n_classes):
         Classes of source rows that the classifier was not trained on.
     predicted_target : int64 Tensor of shape (m,)
     n_classes : int
+
+    Returns
+    -------
+    float64 Tensor of shape (n_classes,)
+
+    Raises
+    ------
+    ValueError
+        If classes and labels do not pair up, or something given is no class index.
+
+    References
+    ----------
+    BBSE: Lipton, Wang & Smola (2018), Algorithm 1, arXiv:1802.03916; w - 1 as in Azizzadenesheli
+    et al. (2019), section 2, arXiv:1903.09734.
     """
     if len(predicted_source) != len(y_source):
         raise ValueError(f"{len(predicted_source)} source predictions, {len(y_source)} labels")
@@ -112,6 +153,11 @@ def weighted_cross_entropy(weights):
     ----------
     weights : Tensor of shape (n,)
         One for each training row; with a batch of other length the loss raises ValueError.
+
+    Returns
+    -------
+    callable
+        A ``loss`` for `train`.
     """
 
     def _loss(model, x, y):
@@ -126,14 +172,27 @@ def weighted_cross_entropy(weights):
 def mmd2(A, B, *, scale=None):
     """Return mean k(a, a') + mean k(b, b') - 2 mean k(a, b): squared MMD, biased, 0 or more.
 
-    Gretton et al. (2012, equation 5, JMLR 13:723-773); k(x, y) is the mean of
-    exp(-||x - y||^2 / (c scale)) over c = 1/4, 1/2, 1, 2, 4.
+    k(x, y) is the mean of exp(-||x - y||^2 / (c scale)) over c = 1/4, 1/2, 1, 2, 4.
 
     Parameters
     ----------
     A, B : Tensor of shape (n, d) and (m, d)
     scale : float, optional
         None is the lower median of ||x - y||^2 over all pairs of rows, without gradient.
+
+    Returns
+    -------
+    Tensor
+        A scalar.
+
+    Raises
+    ------
+    ValueError
+        If a sample is empty, no matrix, or of another width than the others; it is named.
+
+    References
+    ----------
+    Gretton et al. (2012), equation 5, JMLR 13:723-773.
     """
     _check_columns(A=A, B=B)
     Z = torch.cat([A, B])
@@ -152,13 +211,20 @@ def mmd2(A, B, *, scale=None):
 def mmd_loss(X_target, *, weight):
     """Return the loss CE(model(x), y) + weight * mmd2 of what `model.head` reads, x to X_target.
 
-    DAN (Long et al. 2015, section 3, arXiv:1502.02791) with the last layer matched alone.
-
     Parameters
     ----------
     X_target : Tensor of shape (m, ...)
         Unlabelled rows; they go through the model together with x, in one batch.
     weight : float
+
+    Returns
+    -------
+    callable
+        A ``loss`` for `train`.
+
+    References
+    ----------
+    DAN, with the last layer matched alone: Long et al. (2015), section 3, arXiv:1502.02791.
     """
 
     def _loss(model, x, y):
@@ -177,12 +243,25 @@ def mmd_loss(X_target, *, weight):
 def information_maximization(logits):
     """Return H(mean_i p_i) - mean_i H(p_i) in nats, 0 to log C: sure of rows, classes balanced.
 
-    Larger is better, yet a sure, balanced and wrong model scores high. Shi & Sha (2012,
-    arXiv:1206.6438); to select models: Musgrave et al. (2022, arXiv:2208.07360).
+    Larger is better, yet a sure, balanced and wrong model scores high.
 
     Parameters
     ----------
     logits : Tensor of shape (n, C)
+
+    Returns
+    -------
+    Tensor
+        A scalar.
+
+    Raises
+    ------
+    ValueError
+        If there are no logits, or they are no matrix.
+
+    References
+    ----------
+    Shi & Sha (2012), arXiv:1206.6438; to select models: Musgrave et al. (2022), arXiv:2208.07360.
     """
     _check_columns(logits=logits)
     p = logits.softmax(-1)

@@ -1,113 +1,95 @@
-"""Part 1's strategies: what each one freezes, draws anew and trains."""
+"""Strategies: what each one freezes, draws anew and trains, and at which rates."""
 
 import copy
 
 from torch.optim import Adam
 
 from helpers.models import stages, with_fresh_head
-from helpers.models.mlp import MLP
 from helpers.training.freezing import freeze, freeze_to, param_groups, unfreeze
 from helpers.training.loop import cross_entropy, train
 from helpers.training.scoring import extract_features
 
 
-def pretrain(task, *, hidden=64, epochs=50, lr=1e-3):
-    """Train every parameter of a new `MLP` on the task: backbone and head.
+def fit(model, X, y, *, lr, epochs, **options):
+    """Train what is trainable by a new Adam: `train` with the series' optimizer.
 
     Parameters
     ----------
-    task : Task
-    hidden : int, default=64
-        Width of the backbone's first two layers.
-    epochs : int, default=50
-        Full-batch steps.
-    lr : float, default=1e-3
-        Adam's learning rate.
-
-    Returns
-    -------
-    model : MLP
-    history : dict of str to list of float
-    """
-    model = MLP(task.X_train.shape[1], hidden=hidden, n_classes=task.n_classes)
-    # fused: default Adam's square root is not rounded the same by every processor vendor
-    optimizer = Adam(model.parameters(), lr=lr, fused=True)
-    return model, train(model, *task.train, optimizer=optimizer, epochs=epochs)
-
-
-def feature_extraction(pretrained, task, *, epochs=40, lr=1e-3):
-    """Train a fresh head on the features of the frozen backbone (linear probing).
-
-    Parameters
-    ----------
-    pretrained : MLP
-        Stays as it is: a copy is trained.
-    task : Task
-    epochs, lr
-        As in `pretrain`.
-
-    Returns
-    -------
-    model : MLP
-    history : dict of str to list of float
-    """
-    model = with_fresh_head(pretrained, task.n_classes)
-    freeze(model.backbone)
-    optimizer = Adam(model.head.parameters(), lr=lr, fused=True)
-    return model, train(model, *task.train, optimizer=optimizer, epochs=epochs)
-
-
-def fine_tune(pretrained, task, *, from_stage=1, epochs=50, lr=2e-4, head_lr=1e-3):
-    """Train a fresh head, and the backbone from one stage on at a rate of its own.
-
-    Parameters
-    ----------
-    pretrained : MLP
-        Stays as it is: a copy is trained.
-    task : Task
-    from_stage : int, default=1
-        The first stage that is trained; the stages below it are frozen.
-    epochs : int, default=50
-        Full-batch steps.
-    lr, head_lr : float
-        Adam's learning rates: small for pre-trained weights, larger for the fresh head.
-
-    Returns
-    -------
-    model : MLP
-    history : dict of str to list of float
-    """
-    model = with_fresh_head(pretrained, task.n_classes)
-    freeze_to(stages(model), from_stage)
-    rates = {"backbone": lr, "head": head_lr} if from_stage < 3 else {"head": head_lr}
-    optimizer = Adam(param_groups(model, rates), fused=True)
-    return model, train(model, *task.train, optimizer=optimizer, epochs=epochs)
-
-
-def adapt(pretrained, X, y, *, from_stage=2, epochs=60, lr=5e-4, fresh_head=True):
-    """Train the top of the model on a few labelled rows of a new domain.
-
-    Parameters
-    ----------
-    pretrained : MLP
-        Stays as it is: a copy is trained.
-    X : Tensor of shape (n, d)
+    model : nn.Module
+        Changed in place.
+    X : Tensor of shape (n, ...)
     y : int64 Tensor of shape (n,)
-        The labelled rows of the new domain, and no others.
-    from_stage, epochs, lr
-        As in `fine_tune`, with one learning rate for all.
-    fresh_head : bool, default=True
-        Whether the head starts anew, as published, or from the pre-trained one.
+    lr : float or dict of str to float
+        One learning rate, or several by name as `param_groups` takes them.
+    epochs : int
+        Passes over the rows; each is one step on all of them without a ``batch_size``.
+    **options : object
+        Of `train`.
 
     Returns
     -------
-    model : MLP
-    history : dict of str to list of float
+    dict of str to list of float
+        The history of `train`.
+
+    Raises
+    ------
+    ValueError
+        If the rates do not fit what is trainable, as `param_groups` says, or the rows or options
+        are unusable, as `train` says.
     """
-    model = with_fresh_head(pretrained) if fresh_head else copy.deepcopy(pretrained)
+    rates = lr if isinstance(lr, dict) else {"": lr}
+    # fused: default Adam's square root is not rounded the same by every processor vendor
+    optimizer = Adam(param_groups(model, rates), fused=True)
+    return train(model, X, y, optimizer=optimizer, epochs=epochs, **options)
+
+
+def fine_tune(
+    base, X, y, *, lr, epochs, from_stage, head_lr=None, n_classes=None, fresh_head=True, **options
+):
+    """Train a copy of a pre-trained model from one stage on, under a fresh head.
+
+    Feature extraction trains the head alone (``from_stage=-1``), fine-tuning some or all of the
+    backbone as well, and domain adaptation does so on a few rows of a new domain.
+
+    Parameters
+    ----------
+    base : nn.Module
+        Pre-trained; has a linear layer ``head``; stays as it is.
+    X : Tensor of shape (n, ...)
+    y : int64 Tensor of shape (n,)
+    lr : float
+        Adam's learning rate.
+    epochs : int
+        Passes over the rows.
+    from_stage : int
+        The first of the model's `stages` that is trained; those below it are frozen. 0 trains all,
+        and negative numbers count from the top: -1 trains the head alone.
+    head_lr : float, optional
+        Another one for the head, which is fresh; None is `lr`.
+    n_classes : int, optional
+        Outputs of the fresh head; None is as many as before.
+    fresh_head : bool, default=True
+        Whether the head starts anew, from torch's global random stream, or from the pre-trained
+        one.
+    **options : object
+        Of `train`.
+
+    Returns
+    -------
+    model : nn.Module
+    history : dict of str to list of float
+
+    Raises
+    ------
+    ValueError
+        If there are fewer stages, the head would stay frozen, or the rows are unusable.
+    """
+    model = with_fresh_head(base, n_classes) if fresh_head else copy.deepcopy(base)
     freeze_to(stages(model), from_stage)
-    optimizer = Adam(param_groups(model, {"": lr}), fused=True)
-    return model, train(model, X, y, optimizer=optimizer, epochs=epochs)
+    rates = {"head": lr if head_lr is None else head_lr}
+    if any(p.requires_grad for k, p in model.named_parameters() if not k.startswith("head.")):
+        rates[""] = lr
+    return model, fit(model, X, y, lr=rates, epochs=epochs, **options)
 
 
 def linear_probe(model, X, y, *, epochs=200, lr=1e-2):
@@ -131,8 +113,7 @@ def linear_probe(model, X, y, *, epochs=200, lr=1e-2):
     """
     freeze(model)
     unfreeze(model.head)
-    optimizer = Adam(model.head.parameters(), lr=lr, fused=True)
-    return train(model.head, extract_features(model, X), y, optimizer=optimizer, epochs=epochs)
+    return fit(model.head, extract_features(model, X), y, lr=lr, epochs=epochs)
 
 
 def lp_ft(model, X, y, *, epochs=100, lr=1e-3, probe_epochs=200, probe_lr=1e-2):
@@ -160,8 +141,7 @@ def lp_ft(model, X, y, *, epochs=100, lr=1e-3, probe_epochs=200, probe_lr=1e-2):
     """
     linear_probe(model, X, y, epochs=probe_epochs, lr=probe_lr)
     unfreeze(model)
-    optimizer = Adam(model.parameters(), lr=lr, fused=True)
-    return train(model, X, y, optimizer=optimizer, epochs=epochs)
+    return fit(model, X, y, lr=lr, epochs=epochs)
 
 
 def gradual_unfreezing(model, X, y, *, epochs=100, lr=1e-3):
@@ -186,8 +166,7 @@ def gradual_unfreezing(model, X, y, *, epochs=100, lr=1e-3):
     parts = stages(model)
     for n in reversed(range(len(parts))):
         freeze_to(parts, n)
-        optimizer = Adam(param_groups(model, {"": lr}), fused=True)
-        train(model, X, y, optimizer=optimizer, epochs=max(epochs // len(parts), 1))
+        fit(model, X, y, lr=lr, epochs=max(epochs // len(parts), 1))
 
 
 def l2_sp(model, *, alpha, fresh="head"):
@@ -211,13 +190,14 @@ def l2_sp(model, *, alpha, fresh="head"):
     ----------
     Li, Grandvalet & Davoine (2018), section 3.2, arXiv:1802.01483.
     """
-    trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
     start = {
-        k: p.detach().clone() for k, p in trained.items() if not f"{k}.".startswith(f"{fresh}.")
+        name: p.detach().clone()
+        for name, p in model.named_parameters()
+        if p.requires_grad and not f"{name}.".startswith(f"{fresh}.")
     }
 
     def _loss(model, x, y):
-        moved = (p - start[k] for k, p in model.named_parameters() if k in start)
+        moved = (model.get_parameter(name) - w0 for name, w0 in start.items())
         return cross_entropy(model, x, y) + alpha / 2 * sum((d**2).sum() for d in moved)
 
     return _loss

@@ -20,13 +20,13 @@ from torch.optim import Adam
 from helpers.data import published_task
 from helpers.models import MLP
 from helpers.study import run_seeds
-from helpers.study.part1 import published_protocol
+from helpers.study.published import published_protocol
 from helpers.training import freeze, linear_probe, train, unfreeze
 
 SEEDS, ROUNDS = 8, 5
 LOOP = f"""
 import time
-from helpers.study.part1 import published_protocol
+from helpers.study.published import published_protocol
 published_protocol(0)
 start = time.perf_counter()
 for seed in range({SEEDS}):
