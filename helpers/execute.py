@@ -9,8 +9,6 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import nbformat
-
 from helpers import files, stored
 from helpers.stored import NotebookError, canonical, faults, parameters, parse_parameters
 
@@ -97,22 +95,20 @@ def execute(path, values=None, *, timeout=600):
         raise NotebookError("holds a cell of injected parameters from an earlier run: delete it")
     folder = path.resolve().parent
     target = (folder.parent / "build" / path.name) if values else path
-    if values:
-        _inject(nb, values)
-    elif found := stored.markers(nb):  # before any work is lost
+    if unknown := sorted(set(values or ()) - set(parameters(nb))):
+        raise NotebookError(f"unknown parameters {unknown}")
+    if not values and (found := stored.markers(nb)):  # before any work is lost
         raise NotebookError("\n".join(found))
     place = target.resolve()
     place.parent.mkdir(exist_ok=True)
     if not all(os.access(p, os.W_OK) for p in (place, place.parent) if p.exists()):
         raise NotebookError(f"is not run, since {os.path.relpath(place)} may not be written")
-    try:
-        _run(nb, folder, timeout)
-    except NotebookError as error:
-        if values:
-            files.write(target, canonical(nb).encode(errors="replace"))
-            told = f"{error}\nWhat ran is stored as {os.path.relpath(target)}"
-            raise NotebookError(told) from None
-        raise
+    nb, problem = _run(nb, values, folder, timeout)
+    if problem and values:
+        files.write(target, canonical(nb).encode(errors="replace"))
+        problem += f"\nWhat ran is stored as {os.path.relpath(target)}"
+    if problem:
+        raise NotebookError(problem)
     found = faults(nb)
     if found and not values:
         raise NotebookError("\n".join(found))
@@ -200,59 +196,70 @@ def _check(path):
         raise NotebookError("is not in canonical form: run `make execute`")
 
 
-def _inject(nb, values):
-    """Set `values` in a cell behind the one tagged ``parameters``."""
-    if unknown := sorted(set(values) - set(parameters(nb))):
-        raise NotebookError(f"unknown parameters {unknown}")
-    numbers = {"nan", "inf", "-inf"}  # of which Python's own text is no literal
-    texts = {n: f"float('{v}')" if repr(v) in numbers else repr(v) for n, v in values.items()}
-    (at,) = (i for i, c in enumerate(nb.cells, 1) if "parameters" in c.metadata.get("tags", []))
-    cell = nbformat.v4.new_code_cell(
-        "\n".join(f"{n} = {text}" for n, text in texts.items()), id=f"injected-{len(nb.cells)}"
-    )
-    nb.cells.insert(at, cell)
+def _run(nb, values, folder, timeout):
+    """Return the notebook as far as papermill ran it on a clean kernel, and what stopped it."""
+    import papermill  # slow to import, and only runs need it
+    from nbclient.exceptions import CellTimeoutError
+    from papermill.engines import NBClientEngine, papermill_engines
 
+    class Engine(NBClientEngine):
+        @classmethod
+        def execute_managed_notebook(cls, manager, kernel_name, **options):
+            ran.append(manager.nb)  # kept, however the run ends
+            super().execute_managed_notebook(manager, kernel_name, **options)
 
-def _run(nb, folder, timeout):
-    """Fill a notebook's outputs on a clean kernel; a cell without a count did not run."""
-    from nbclient.exceptions import CellExecutionError, CellTimeoutError
-
-    base = tempfile.gettempdir()  # a socket's path has at most 107 bytes
+    papermill_engines.register("kept", Engine)
+    ran, problem, base = [], None, tempfile.gettempdir()  # a socket's path has at most 107 bytes
     base = "/tmp" if len(os.fsencode(base)) > 60 and os.access("/tmp", os.W_OK) else base
-    code = [c for c in nb.cells if c.cell_type == "code"]
-    for cell in code:
-        cell.outputs, cell.execution_count = [], None
+    options = dict(kernel_name="python3", language="python", cwd=folder, engine_name="kept")
+    options |= dict(progress_bar=False, record_timing=False, store_widget_state=False)
     with (
         tempfile.TemporaryDirectory(prefix="nb-", dir=base, ignore_cleanup_errors=True) as ours,
         open(Path(ours, "log"), "w+b") as log,
     ):
-        client, where, clean = _client(nb, ours), "the kernel's start", clean_environment(ours)
-        client.timeout, client.iopub_timeout, client.raise_on_iopub_timeout = timeout, 60, True
+        options |= dict(kernel_manager_class=_kernel(ours, log), execution_timeout=timeout)
         try:
-            with client.setup_kernel(cwd=str(folder), env=clean, stdout=log, stderr=log):
-                for index, cell in enumerate(nb.cells):
-                    where = f"code cell {client.code_cells_executed + 1}"
-                    client.execute_cell(cell, index)
-        except CellExecutionError:
-            raise NotebookError(f"{where} failed\n{cell.source}\n\n{_told(cell)}") from None
+            papermill.execute_notebook(nb, None, values or {}, iopub_timeout=60, **options)
+        except papermill.PapermillExecutionError:
+            pass  # it is in the outputs
         except CellTimeoutError:
-            raise NotebookError(f"{where} took more than {timeout} s (see --timeout)") from None
+            problem = f" took more than {timeout} s (see --timeout)"
         except KeyboardInterrupt:
-            raise NotebookError(f"{where} was interrupted") from None
+            problem = " was interrupted"
         except Exception as error:  # a dead kernel
             log.seek(0)
             words = _last(log.read().decode(errors="replace").strip())
-            raise NotebookError(f"{where}: {error}; its last words: {words}") from None
-        finally:
-            for cell in code:
-                cell.outputs = _joined(cell.outputs)
+            problem = f": {error}; its last words: {words}"
+    return _as_it_ran(ran[-1] if ran else nb, problem)
 
 
-def _client(nb, ours):
-    """Return a client whose kernel is this interpreter, with its files in the folder `ours`."""
-    from jupyter_client import AsyncKernelManager  # slow to import, and only runs need it
+def _as_it_ran(nb, problem):
+    """Take papermill's own marks out of a notebook, and say where it stopped, and why."""
+    nb.cells = [c for c in nb.cells if "papermill-error-cell-tag" not in c.metadata.get("tags", [])]
+    started = 0
+    for cell in nb.cells:
+        tags = cell.metadata.get("tags", [])
+        cell.metadata["tags"] = [tag for tag in tags if tag != "injected-parameters"]
+        if cell.cell_type != "code" or not cell.source.strip():
+            continue
+        notes = cell.metadata.get("papermill", {})
+        started += notes.get("start_time") is not None
+        cell.outputs = _joined(cell.outputs)
+        failed = notes.get("exception") or any(o.output_type == "error" for o in cell.outputs)
+        if failed and "raises-exception" not in tags and not problem:
+            problem = f" failed\n{cell.source}\n\n{_told(cell)}"
+            return nb, f"code cell {started}{problem}"
+    where = f"code cell {started}" if started else "the kernel's start"
+    return nb, problem and where + problem
+
+
+def _kernel(ours, log):
+    """Return a class of kernels that are this interpreter, with their files in the folder `ours`.
+
+    What they say outside of cells goes to `log`.
+    """
+    from jupyter_client import AsyncKernelManager  # slow to import, too
     from jupyter_client.kernelspec import KernelSpec
-    from nbclient import NotebookClient
 
     class Kernel(AsyncKernelManager):  # over TCP it hangs where there is no network at all
         connection_file = f"{ours}/kernel.json"
@@ -261,8 +268,11 @@ def _client(nb, ours):
             argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         )
 
-    options = {"record_timing": False, "store_widget_state": False}
-    return NotebookClient(nb, kernel_name="python3", kernel_manager_class=Kernel, **options)
+        async def start_kernel(self, **options):
+            options |= dict(env=clean_environment(ours), stdout=log, stderr=log)
+            await super().start_kernel(**options)
+
+    return Kernel
 
 
 def _last(words):
