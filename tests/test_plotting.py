@@ -13,7 +13,7 @@ from matplotlib.text import Text
 
 from helpers.models import MLP, TinyTransformer
 from helpers.peft import Adapter, BottleneckAdapter, inject
-from helpers.show import drawings, figures, tables
+from helpers.show import costs, drawings, figures, tables
 from helpers.study import Summary, summarize
 from helpers.training import freeze, unfreeze
 
@@ -323,7 +323,7 @@ def test_what_would_be_drawn_wrongly_is_refused(wide):
 
 def test_memory_is_stacked_and_summed(ax):
     parts = {"a": {"weights": 1e6, "gradients": 5e5}, "b": {"weights": 1e6, "activations": 31250}}
-    figures.plot_memory(ax, parts)
+    costs.plot_memory(ax, parts)
     bars = {c.get_label(): [(b.get_x(), b.get_width()) for b in c] for c in ax.containers}
     assert bars == {
         "weights": [(0, 1), (0, 1)],
@@ -346,7 +346,7 @@ def test_memory_is_stacked_and_summed(ax):
     [(1, "0.001 kB"), (999, "0.999 kB"), (123456, "123 kB"), (2e9, "2 GB"), (4e12, "4,000 GB")],
 )
 def test_the_largest_total_chooses_the_unit(ax, size, text):
-    figures.plot_memory(ax, {"a": {"weights": size}})
+    costs.plot_memory(ax, {"a": {"weights": size}})
     assert ax.texts[0].get_text() == text
 
 
@@ -361,7 +361,7 @@ def page():
             summary = Summary(mean, 1.0, mean - 1, mean + 2, 9)
             points[name] = (int(10 ** (3 + rng.random())), summary, 1e6 * (1 + i % 4))
             families[name] = f"family {i % 7}"
-        figures.plot_page(ax, points, families)
+        costs.plot_page(ax, points, families)
         fig.draw_without_rendering()
         yield ax, points, families
     plt.close(fig)
@@ -423,7 +423,7 @@ def test_page_leads_distant_names_to_their_points(page):
 def test_page_refuses_a_method_that_trains_nothing(ax):
     points = {"none": (0, *summaries(3), 1e6), "one": (1, *summaries(3), 1e6)}
     with pytest.raises(ValueError, match=r"\['none'\] train nothing"):
-        figures.plot_page(ax, points, dict.fromkeys(points, "family"))
+        costs.plot_page(ax, points, dict.fromkeys(points, "family"))
 
 
 def test_grid_has_its_numbers_in_its_cells(ax):
@@ -450,7 +450,7 @@ def test_grids_that_are_compared_share_their_colours(ax):
 
 def test_a_front_is_joined_and_named_and_the_rest_is_faint(ax):
     points = {n: (x, s) for n, x, s in zip("abc", (1, 10, 100), summaries(5, 9, 7), strict=True)}
-    figures.plot_front(ax, points, ["a", "b"])
+    costs.plot_front(ax, points, ["a", "b"])
     assert {t.get_text() for t in ax.texts} == {"a", "b"}
     line = next(line for line in ax.lines if len(line.get_xdata()) == 2)
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([1, 10], [5, 9])
@@ -461,7 +461,7 @@ def test_a_front_is_joined_and_named_and_the_rest_is_faint(ax):
 
 def test_a_front_of_a_linear_cost_keeps_its_axis(ax):
     points = {"a": (0, Summary(5, 1, 4, 6, 9)), "b": (80, Summary(9, 1, 8, 10, 9))}
-    figures.plot_front(ax, points, ["a", "b"], xscale="linear")
+    costs.plot_front(ax, points, ["a", "b"], xscale="linear")
     assert ax.get_xscale() == "linear" and ax.get_xlim()[0] < 0
 
 
@@ -483,7 +483,7 @@ def test_a_stored_table_is_shown_again_and_a_missing_one_is_named(tmp_path, monk
 def test_what_fits_is_left_of_its_budget_and_checkpointing_is_hollow(ax):
     totals = {"small": {"full": 9e9, "LoRA": 2e9}, "large": {"full": 9e10, "LoRA": 3e10}}
     less = {m: {r: v / 2 for r, v in recipes.items()} for m, recipes in totals.items()}
-    figures.plot_fits(ax, totals, less, (8, 24))
+    costs.plot_fits(ax, totals, less, (8, 24))
     drawn = {
         (c.get_offsets()[0][0], same_color(c.get_facecolor()[0], "white"))
         for c in ax.collections

@@ -1,12 +1,8 @@
 """Rows to learn from: checks, the published task, digits under shifts, your own embeddings."""
 
+# fmt: off
 from helpers.data.embeddings import Rows, check_arrays, check_budgets, load_rows, split
 from helpers.data.rows import (
-    Task,
-    as_rows,
-    check_classes,
-    check_parameters,
-    check_rows,
-    check_whole,
+    Task, as_rows, check_classes, check_parameters, check_rows, check_whole
 )
 from helpers.data.tasks import digits, few_per_class, published_task, shift_digits, shifted_domain

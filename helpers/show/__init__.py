@@ -1,18 +1,9 @@
 """What a notebook shows: tables and sources, figures, drawings made from the model."""
 
+# fmt: off
+from helpers.show.costs import plot_fits, plot_front, plot_memory, plot_page
 from helpers.show.drawings import plot_frozen, plot_injected
 from helpers.show.figures import (
-    STYLE,
-    plot_bands,
-    plot_classes,
-    plot_fits,
-    plot_front,
-    plot_grid,
-    plot_guide,
-    plot_losses,
-    plot_memory,
-    plot_page,
-    plot_seeds,
-    plot_tradeoff,
+    STYLE, plot_bands, plot_classes, plot_grid, plot_guide, plot_losses, plot_seeds, plot_tradeoff
 )
 from helpers.show.tables import show_source, show_stored, show_table

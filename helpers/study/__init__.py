@@ -1,5 +1,12 @@
 """Studies: many seeds, intervals, verdicts; a module for each part; a decision on your rows."""
 
+from helpers.study.decide import (
+    Recommendation,
+    compare_methods,
+    method_sizes,
+    pretrain,
+    recommend,
+)
 from helpers.study.seeds import percent, reproducible, run_seeds, stream
 from helpers.study.verdicts import (
     DRIFT,

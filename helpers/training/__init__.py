@@ -1,38 +1,18 @@
 """Training: what is frozen, the loop, scores and features, strategies, new domains, costs."""
 
+# fmt: off
 from helpers.training.costs import (
-    activation_bytes,
-    operations,
-    saved_bytes,
-    step_memory,
-    stored_bytes,
+    activation_bytes, operations, saved_bytes, step_memory, stored_bytes
 )
 from helpers.training.domain import (
-    coral,
-    density_ratio,
-    information_maximization,
-    label_ratio,
-    match_statistics,
-    mmd2,
-    mmd_loss,
-    weighted_cross_entropy,
+    coral, density_ratio, information_maximization, label_ratio, match_statistics, mmd2,
+    mmd_loss, weighted_cross_entropy
 )
 from helpers.training.freezing import (
-    Count,
-    check_optimizer,
-    count_parameters,
-    freeze,
-    freeze_to,
-    param_groups,
-    unfreeze,
+    Count, check_optimizer, count_parameters, freeze, freeze_to, param_groups, unfreeze
 )
 from helpers.training.loop import cross_entropy, train
 from helpers.training.scoring import Score, evaluate, extract_features, predict, score
 from helpers.training.strategies import (
-    fine_tune,
-    fit,
-    gradual_unfreezing,
-    l2_sp,
-    linear_probe,
-    lp_ft,
+    fine_tune, fit, gradual_unfreezing, l2_sp, linear_probe, lp_ft
 )
