@@ -29,7 +29,8 @@ ORDER = {
     "data": "rows tasks embeddings",
     "models": "mlp transformer stages",
     "training": "freezing scoring loop costs strategies domain",
-    "peft": "four_bits base product lora layers surgery inject qlora files hub_config hub arithmetic mixed large",
+    "peft": "four_bits base product lora layers surgery inject qlora files hub_config hub"
+    " arithmetic mixed large",
     "study": "seeds verdicts decide tuning published part1 part2 spectrum part3 part3_adapters",
     "show": "tables drawings figures costs",
 }

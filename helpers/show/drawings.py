@@ -11,6 +11,7 @@ from helpers.peft import (
     DoRA,
     LoRA,
     PrefixTuning,
+    Projection,
     PromptTuning,
     Tuned,
     VeRA,
@@ -100,7 +101,7 @@ def plot_injected(ax, model):
     bare = {_without_base(name): module for name, module in model.named_modules()}
     if not BOXES.keys() <= bare.keys():
         raise ValueError(f"a {type(model).__name__} is not drawn, only a TinyTransformer is")
-    if len({(repr(b), *(p.requires_grad for p in b.parameters())) for b in blocks}) > 1:
+    if len({_structure(block) for block in blocks}) > 1:
         raise ValueError("the blocks differ, so that the first one cannot stand for all")
     others = tuple(f"blocks.{i}." for i in range(1, len(blocks)))
     found = {_without_base(n): m for n, m in adapters(model).items() if not n.startswith(others)}
@@ -122,6 +123,13 @@ def plot_injected(ax, model):
     ax.set(xlim=(0, 660), ylim=(-82, 74), aspect="equal")
     ax.axis("off")
     _legend_of_colours(ax, FAINT, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.1)
+
+
+def _structure(block):
+    """Return a block's layers, less the projection that one holds for all, and what trains."""
+    layers = ((n, m) for n, m in block.named_modules() if not isinstance(m, Projection))
+    shown = tuple((n, type(m), m.extra_repr()) for n, m in layers)
+    return shown, tuple(p.requires_grad for p in block.parameters())
 
 
 def _draw_signal(ax, n_blocks):
