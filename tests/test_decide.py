@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_breast_cancer, load_wine
+from sklearn.preprocessing import StandardScaler
 
 from helpers.data import check_arrays, check_budgets, load_rows, split
 from helpers.study import decide, reproducible
@@ -69,18 +70,26 @@ REFUSED = {
     "truth values": ({"X": X > 0}, "X has dtype bool: it must hold real numbers"),
     "lengths": ({"y": Y[:-1]}, r"y has shape \(29,\), expected \(30,\): one label for each row"),
     "a column of labels": ({"y": Y[:, None]}, r"y has shape \(30, 1\), expected \(30,\)"),
-    "NaN": ({"X": changed(X, (17, 2), np.nan)}, "X holds 1 values that are NaN.* in row 17: leave"),
+    "NaN": ({"X": changed(X, (17, 2), np.nan)}, "X holds 1 values that are NaN.* row 17: leave"),
     "infinite": ({"X": changed(X, ([9, 4], 0), -np.inf)}, "X holds 2 values .* first in row 4"),
     "huge": ({"X": changed(X, (3, 0), 1e200)}, r"X holds 1 .*beyond 1e\+100, the first in row 3"),
-    "constant": ({"X": np.ones_like(X)}, "all rows of X are the same"),
-    "whole floats": ({"y": Y.astype(float)}, "y has dtype float64: labels must be integers"),
-    "label texts": ({"y": Y.astype(str)}, "y has dtype <U21: labels must be integers"),
-    "true or false": ({"y": Y > 0}, r"y has dtype bool: labels must be integers, y.astype\(int\)"),
+    "constant": ({"X": np.ones_like(X)}, "all rows of X are the same up to rounding"),
+    "constant but for rounding": ({"X": np.where(X > 0, 0.1, np.nextafter(0.1, 1))},
+                                  "all rows of X are the same up to rounding"),
+    "halves": ({"y": Y + 0.5}, r"y is 0.5 in row 0, which names no class: y = numpy.digitize\(y"),
+    "a regression target": ({"y": X[:, 0]}, "in row 0, which names no class: y = numpy.digitize"),
+    "whole numbers, all distinct": ({"y": np.arange(30)}, "y holds 30 different labels in 30 rows"),
+    "names, all distinct": ({"y": np.arange(30).astype(str)}, "30 rows: merge them into fewer"),
+    "no label": ({"y": changed(Y.astype(float), 4, np.nan)}, "y is nan in row 4: leave out rows"),
+    "infinite label": ({"y": changed(Y.astype(float), 4, np.inf)}, "y is inf in row 4, which"),
+    "empty text": ({"y": changed(Y.astype(str), 4, "")}, "y is '' in row 4: leave out rows"),
+    "missing as text": ({"y": changed(Y.astype(str), 9, "nan")}, "y is 'nan' in row 9: leave out"),
+    "dates": ({"y": Y.astype("datetime64[D]")}, "in row 0: labels must be all integers or all str"),
     "one class": ({"y": 0 * Y + 7}, "y holds one class only, 7: it takes at least two"),
     "source columns": (SOURCE | {"X_source": SOURCE["X_source"][:, 1:]},
                        "X_source has 4 columns and X has 5: both must come from the same encoder"),
     "source NaN": (SOURCE | {"X_source": SOURCE["X_source"] * np.nan}, "X_source holds 200 values"),
-    "source labels": (SOURCE | {"y_source": np.ones(40)}, "y_source has dtype float64"),
+    "source labels": (SOURCE | {"y_source": np.ones(40)}, "y_source holds one class only, 1:"),
     "source lengths": (SOURCE | {"y_source": Y}, r"y_source has shape \(30,\), expected \(40,\)"),
     "source class": (SOURCE | {"y_source": np.ones(40, int)}, "y_source holds one class only, 1"),
     "shared rows": (SOURCE | {"X_source": changed(SOURCE["X_source"], 5, X[2])},
@@ -135,7 +144,7 @@ DAMAGED = {
 @pytest.mark.parametrize("content", FILES.values(), ids=FILES)
 def test_a_file_that_is_no_npz_is_refused(content, tmp_path):
     (tmp_path / "my.npz").write_bytes(content)
-    with pytest.raises(ValueError, match=r"my\.npz is no \.npz file.*savez\(path, X=X, y=y\)"):
+    with pytest.raises(ValueError, match=r"my\.npz is no \.npz file.*savez\('my.npz', X=X, y=y\)"):
         load_rows(tmp_path / "my.npz")
 
 
@@ -187,13 +196,114 @@ def test_rows_arrive_as_they_were_in_float64_and_int64(save):
     assert check_arrays(X, Y).X_source is None
 
 
+NAMES = np.array(["dog", "Cat", "éléphant"])
+
+
+@pytest.mark.parametrize(
+    "labels, classes",
+    [
+        (NAMES[Y], ["Cat", "dog", "éléphant"]),
+        (np.char.encode(NAMES, "utf-8")[Y], ["Cat", "dog", "éléphant"]),
+        (NAMES[Y].astype(object), ["Cat", "dog", "éléphant"]),
+        (NAMES[Y].tolist(), ["Cat", "dog", "éléphant"]),
+        (Y > 0, [False, True]),
+        (list(Y > 0), [False, True]),
+        (Y.astype(np.float16) - 1, [-1, 0, 1]),
+        ((Y + 2.0**60).tolist(), [2**60]),
+        (torch.tensor(Y, dtype=torch.bfloat16), [0, 1, 2]),
+        (Y.astype(np.uint64) + np.uint64(2**63), [2**63, 2**63 + 1, 2**63 + 2]),
+        (Y.astype(object), [0, 1, 2]),
+    ],
+)
+def test_labels_of_any_kind_are_numbered_and_keep_their_names(labels, classes):
+    if len(classes) == 1:  # 2^60 + 1 is no float64
+        with pytest.raises(ValueError, match=f"one class only, {2**60}: it takes"):
+            check_arrays(X, labels)
+        return
+    rows = check_arrays(X, labels)
+    notes = [note for note in rows.notes if "mapped" in note]
+    assert rows.classes == classes and {type(c) for c in rows.classes} == {type(classes[0])}
+    assert rows.y.dtype == torch.int64 and len(notes) == (classes not in ([0, 1, 2], [0, 1]))
+    labels = labels.tolist() if hasattr(labels, "tolist") else labels
+    plain = [c.decode() if isinstance(c, bytes) else c for c in labels]
+    assert [rows.classes[i] for i in rows.y] == plain
+
+
+@pytest.mark.parametrize(
+    "labels, told",
+    [
+        ([None, *NAMES[Y[1:]]], "y is None in row 0: leave out rows without a label"),
+        ([*NAMES[Y[1:]], float("nan")], "y is nan in row 29: leave out rows without a label"),
+        ([*NAMES[Y[1:]], 7], r"y is 7 in row 29: labels must .*, numpy.array\(y\).astype\(str\)"),
+        ([1, *NAMES[Y[1:]]], "y is 'dog' in row 1: labels must be all integers or all strings"),
+        (np.ma.masked_equal(Y, 2), "y has masked entries: leave out their rows"),
+        (np.array([{1}, {2}] * 15), r"y is \{1\} in row 0: labels must be all integers or all"),
+    ],
+)
+def test_labels_that_are_no_labels_are_refused_with_their_row(labels, told):
+    with pytest.raises(ValueError, match=told) as refusal:
+        check_arrays(X, labels)
+    assert "\n" not in str(refusal.value)
+
+
+def test_labels_that_look_alike_stay_apart_and_that_is_said():
+    notes = check_arrays(X, np.array(["cat", "Cat", "dog"])[Y]).notes
+    assert notes[1:] == ["y: 'Cat' and 'cat' are two classes, but look like one"]
+
+
+def test_cures_of_refusals_work(save):
+    mixed = [1, *NAMES[Y[1:]]]
+    check_arrays(X, np.array(mixed).astype(str))
+    for target in (X[:, 0], np.arange(30)):
+        with pytest.raises(ValueError, match=r"numpy\.digitize") as refusal:
+            check_arrays(X, target)
+        cure = str(refusal.value).split(": y = ")[1].split(" makes")[0]
+        assert len(check_arrays(X, eval(cure, {"numpy": np, "y": target})).classes) == 3
+    objects = NAMES[Y].astype(object)
+    with pytest.raises(ValueError, match=r"of labels, y.astype\(str\), no Python objects"):
+        load_rows(save(X=X, y=objects))
+    assert load_rows(save(X=X, y=objects.astype(str))).classes == ["Cat", "dog", "éléphant"]
+    x = changed(X, (slice(None), 2), np.nan)  # no row is whole: a column has to go
+    with pytest.raises(ValueError, match="first in row 0: leave out such rows, or columns"):
+        check_arrays(x, Y)
+    check_arrays(np.delete(x, 2, axis=1), Y)
+    y = np.array(["a"] * 20 + ["b"] * 8 + ["c"] * 2)
+    with pytest.raises(ValueError, match=r"class 'c' has 2 rows, .*: none works with it"):
+        check_budgets(check_arrays(X, y), [1])
+    check_budgets(check_arrays(X[y != "c"], y[y != "c"]), [2])
+
+
+def test_masked_and_half_precision_rows():
+    with pytest.raises(ValueError, match="X has masked entries: leave out their rows"):
+        check_arrays(np.ma.masked_greater(X, 1), Y)
+    half = torch.tensor(X, dtype=torch.bfloat16, requires_grad=True)
+    assert torch.equal(check_arrays(half, Y).X, half.detach().double())
+
+
+@pytest.mark.parametrize("most, told", [(14, False), (15, False), (16, True), (27, True)])
+def test_class_shares_are_told_where_they_are_unequal(most, told):
+    rows = (
+        check_arrays(X[:25], np.arange(25) >= 25 - most)
+        if most <= 20
+        else check_arrays(
+            X, np.array(["rare", "frequent"])[(np.arange(30) >= 30 - most).astype(int)]
+        )
+    )
+    assert rows.unequal == told == any("constant answer" in note for note in rows.notes)
+    if most == 27:
+        assert rows.notes[-1] == (
+            "27 of 30 rows are of class 'frequent', 3 of class 'rare': a constant answer gets"
+            " 90.0 % right, so read balanced accuracy, the mean over classes, beside accuracy"
+        )
+
+
 def test_labels_that_do_not_count_from_0_are_mapped_and_said():
     rows = check_arrays(X, np.array([-5, 40, 7])[Y])
     assert rows.classes == [-5, 7, 40] and np.array_equal(rows.y, np.array([0, 2, 1])[Y])
     assert rows.notes == ["y: labels [-5, 7, 40] are mapped to 0..2"]
     source = SOURCE | {"y_source": SOURCE["y_source"] + 1}
     assert check_arrays(X, Y, **source).notes == ["y_source: labels [1, 2] are mapped to 0..1"]
-    many = check_arrays(np.repeat(X, 2, axis=0) + np.arange(60)[:, None], 2 * np.arange(60) // 2)
+    many = check_arrays(np.repeat(X, 2, axis=0) + np.arange(60)[:, None], np.arange(60) // 4)
     assert many.notes == []
     [told] = check_arrays(X, np.arange(30) // 2 * 2).notes
     assert told == "y: labels [0, 2, 4, 6, 8, 10, 12, 14, 16, ...] are mapped to 0..14"
@@ -209,6 +319,43 @@ def test_a_row_saved_in_single_precision_or_with_minus_zero_is_the_same_row(size
     assert check_arrays(size * changed(rows, 9, copy), Y).notes[0].startswith("1 rows of X repeat")
     apart = SOURCE | {"X_source": size * SOURCE["X_source"]}
     assert check_arrays(size * rows, Y, **apart).notes == []
+
+
+def noisy(value, dtype, n=30):
+    """Return numbers of `dtype` that differ from `value` in the last bit."""
+    value = np.array(value, dtype)
+    return np.where(np.arange(n) % 3 == 0, value, np.nextafter(value, dtype(np.inf)))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("stored_as", [None, np.float64])
+@pytest.mark.parametrize("value", [0.1, -7.3, 1.0, 300.0])
+def test_columns_that_are_constant_up_to_rounding_are_constant(value, dtype, stored_as):
+    if dtype == np.float16 and stored_as:
+        pytest.skip("integers up to 2,048 are half precision, too: only its dtype tells")
+    column = noisy(value, dtype).astype(stored_as or dtype)
+    rows = check_arrays(np.c_[X.astype(dtype).astype(column.dtype), column], Y)
+    scaled = decide._standardized(rows.X, like=rows.X, rounding=rows.rounding)
+    assert (scaled[:, -1] == 0).all() and (scaled[:, :-1].std(0, correction=0) > 0.999).all()
+
+
+def test_columns_that_vary_little_are_kept_as_scikit_learn_keeps_them():
+    for x in (1e6 + X, 1e9 + 1e-3 * X, 1e-12 * X, np.arange(60).reshape(30, 2) + 10**6):
+        rows = check_arrays(x, Y)
+        scaled = decide._standardized(rows.X, like=rows.X, rounding=rows.rounding)
+        assert np.allclose(scaled, StandardScaler().fit_transform(x), atol=1e-3)
+        assert (scaled.std(0, correction=0) > 0.99).all()
+
+
+def test_columns_constant_but_for_rounding_cost_no_accuracy():
+    x, y = clusters(CORNERS[:3], [0, 1, 2], n=20, seed=0)
+    padding = np.tile(noisy(0.1, np.float64, 60), (40, 1)).T
+    plain, padded = (
+        compare_methods(0, data=check_arrays(rows, y), budget=5, epochs=20)
+        for rows in (x, np.c_[x, padding])
+    )
+    assert plain["logistic head"] == padded["logistic head"] > 90
+    assert padded["fine-tuning"] > 90
 
 
 def test_repeated_rows_are_told():
@@ -348,6 +495,40 @@ def test_the_rate_that_gets_most_validation_rows_right_is_scored_the_smallest_of
     assert found == dict.fromkeys(METHODS, 50.0) | {"margin": 1}
     for *tried, scored in zip(*[iter(models)] * 4, strict=True):
         assert scored is tried[1]
+
+
+def test_balanced_accuracy_stands_beside_accuracy_where_classes_are_unequal():
+    rng = np.random.default_rng(0)
+    y = np.array(["rare", "frequent"])[(np.arange(150) >= 15).astype(int)]
+    data = check_arrays(rng.normal(size=(150, 3)), y)  # X tells nothing
+    assert data.classes == ["frequent", "rare"] and data.unequal
+    runs = [compare_methods(seed, data=data, budget=3, epochs=4) for seed in range(3)]
+    assert list(runs[0])[-1] == "margin" and len(runs[0]) == 2 * len(METHODS) + 3
+    y_test = data.y[split(data.y, 3, seed=0)["test"]]
+    assert runs[0]["constant answer"] == pytest.approx(100 * (y_test == 0).double().mean())
+    assert runs[0]["constant answer, balanced"] == 50
+    results = {name: np.array([run[name] for run in runs]) for name in runs[0]}
+    told = str(recommend(results, method_sizes(data)))
+    assert "Classes are unequal: against a constant answer" in told
+    assert (
+        "Balanced accuracy, the mean over classes: " in told and "a constant answer 50.0 %" in told
+    )
+    balanced = recommend(results, method_sizes(data)).balanced
+    assert list(balanced) == [*METHODS, "constant answer"]
+    equal = {name: v for name, v in results.items() if "balanced" not in name and "con" not in name}
+    assert "constant" not in str(recommend(equal, method_sizes(data)))
+
+
+def test_balanced_accuracy_is_the_mean_over_classes():
+    x, y = torch.eye(2, dtype=torch.float64)[[0, 0, 0, 1, 0]], torch.tensor([0, 0, 0, 1, 1])
+    model = torch.nn.Identity()
+    model.register_parameter("p", torch.nn.Parameter(torch.zeros(1, dtype=torch.float64)))
+    assert decide._balanced(model, x, y) == 75  # 100 % of one class, half of the other
+
+
+def test_too_few_epochs_are_refused_before_any_training(no_training):
+    with pytest.raises(ValueError, match="epochs = 1 must be 2 or more: LP-FT trains in two"):
+        compare_methods(0, data=BLOBS, budget=2, epochs=1)
 
 
 def test_every_method_trains_for_as_many_epochs(monkeypatch):
@@ -514,3 +695,5 @@ def test_results_that_cannot_be_compared_are_refused():
         recommend(planted(), {"head": 10})
     with pytest.raises(ValueError, match="at least 2 seeds"):
         recommend(planted(n=1), SIZES)
+    with pytest.raises(ValueError, match="the size of 'LoRA' is nan: it counts parameters"):
+        recommend(planted(), SIZES | {"LoRA": np.nan})

@@ -2,8 +2,11 @@
 
 import os
 import sys
+import threading
 import time
+import tracemalloc
 import types
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -17,11 +20,13 @@ from helpers.study import (
     close_calls,
     compare,
     compare_pairs,
+    recommend,
     reproducible,
     run_seeds,
     summarize,
     verdicts,
 )
+from helpers.study import seeds as study_seeds
 
 
 def experiment(seed):
@@ -96,6 +101,117 @@ def test_threads_and_runs_inside_runs_do_not_share_a_random_stream():
         assert same(run_seeds(experiment, range(8)), expected)
     assert torch.get_default_dtype() == torch.float32
     assert same(run_seeds(inner_runs, range(3)), run_seeds(inner_runs, range(3), workers=1))
+    with reproducible(0):  # holds what workers in this process would wait for
+        assert same(run_seeds(experiment, range(8)), expected)
+
+
+def interleaved(seed):
+    """Give other threads the time to draw and to change dtypes between one's own draws."""
+    with reproducible(seed):
+        values = []
+        for _ in range(5):
+            values.append(torch.rand(1).double().sum())
+            time.sleep(0.002)
+        return {"drawn": sum(values), "bits": torch.rand(1).element_size()}
+
+
+def unseeded(seed):
+    drawn = torch.rand(2)
+    time.sleep(0.002)
+    return {"drawn": drawn.sum() + torch.rand(1).sum(), "bits": drawn.element_size()}
+
+
+def test_threads_of_a_users_own_take_turns_inside_reproducible():
+    expected, found = [interleaved(seed) for seed in range(6)], {}
+    threads = [
+        threading.Thread(target=lambda s=s: found.update({s: interleaved(s)})) for s in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[seed] for seed in range(6)] == expected
+    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize("function", [interleaved, unseeded])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_threads_of_one_process_take_turns_whoever_starts_them(function, dtype, in_dtype):
+    in_dtype(dtype)
+    expected = run_seeds(function, range(8), workers=1)
+    found, restored = {}, torch.get_rng_state()
+
+    def _worker(seeds):  # as a thread of a Dask worker does
+        for seed in seeds:
+            found[seed] = study_seeds._run(function, dtype, seed)[0]
+
+    threads = [threading.Thread(target=_worker, args=(range(i, 8, 4),)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(torch.get_rng_state(), restored) and torch.get_default_dtype() == dtype
+    assert all(found[i] == {k: v[i] for k, v in expected.items()} for i in range(8))
+    assert same(run_seeds(function, range(8)), expected)  # in processes of their own
+
+
+@pytest.fixture
+def in_dtype():
+    before = torch.get_default_dtype()
+    yield torch.set_default_dtype
+    torch.set_default_dtype(before)
+
+
+class KilledWorker(Exception):
+    """Has the name of what Dask raises; `distributed` is not installed."""
+
+
+class DaskDistributedBackend:
+    """Has the name of joblib's; a "worker" is this process, and is said to die of some seeds."""
+
+    def __init__(self, killers=(), beside=()):
+        self.client, self.killers, self.beside, self.submitted = self, killers, beside, []
+
+    def submit(self, task, seed, *, pure):
+        future = Future()
+        if seed in self.killers or (seed in self.beside and seed not in self.submitted):
+            future.set_exception(KilledWorker(f"4 workers died while they tried seed {seed}"))
+        else:
+            future.set_result(task(seed))
+        self.submitted.append(seed)
+        return future
+
+
+@pytest.fixture
+def within(monkeypatch):
+    def _within(backend):
+        monkeypatch.setattr(study_seeds, "get_active_backend", lambda: (backend, 1))
+        monkeypatch.setattr(study_seeds, "effective_n_jobs", lambda workers: 3)
+        return backend
+
+    return _within
+
+
+def test_one_worker_stays_in_this_process_whatever_the_backend(within):
+    dask = within(DaskDistributedBackend())
+    expected = run_seeds(experiment, range(4), workers=1)
+    assert dask.submitted == []
+    assert same(run_seeds(experiment, range(4)), expected) and dask.submitted == [0, 1, 2, 3]
+
+
+def test_a_dask_worker_that_dies_loses_its_own_seeds_only(within):
+    dask = within(DaskDistributedBackend(killers=(1, 6), beside=(0, 2, 3, 4, 5, 7)))
+    lost = "2 of 9 seeds failed: seed 1: lost, its worker process died; seed 6: lost, its worker"
+    with pytest.warns(UserWarning, match=lost):
+        results = run_seeds(experiment, range(9))
+    expected = run_seeds(experiment, [0, 2, 3, 4, 5, 7, 8], workers=1)
+    assert same(results, expected) and dask.submitted.count(8) == 1 and len(dask.submitted) < 30
+
+
+def test_a_backend_that_nobody_tried_is_refused(within):
+    within(object())
+    with pytest.raises(ValueError, match="on loky, Dask or threads of joblib, not on its object"):
+        run_seeds(experiment, range(4))
 
 
 @pytest.mark.skipif(cpu_count() == 1, reason="one core")
@@ -105,16 +221,23 @@ def test_an_enclosing_joblib_backend_of_processes_is_used():
     assert (processes != os.getpid()).all()
 
 
-def test_a_worker_that_dies_is_told_and_what_was_done_is_kept():
-    def die_on_5(seed):
-        if seed == 5:
-            time.sleep(1)
+@pytest.mark.parametrize(
+    "backend, killers", [("loky", (0, 5)), ("loky", (2,)), ("multiprocessing", (5,))]
+)
+def test_a_worker_that_dies_loses_its_own_seeds_only(backend, killers):
+    def _die(seed):
+        if seed in killers:
+            time.sleep(0.1)
             os._exit(1)
         return {"seed": seed}
 
-    with pytest.warns(UserWarning, match="seed 5: lost, a worker process died"):
-        results = run_seeds(die_on_5, range(6), workers=min(2, cpu_count()))
-    assert results["seed"].tolist()[:3] == [0, 1, 2]
+    lost = "; ".join(f"seed {seed}: lost, its worker process died" for seed in killers)
+    with (
+        parallel_config(backend),
+        pytest.warns(UserWarning, match=f"{len(killers)} of 6 seeds failed: {lost}$"),
+    ):
+        results = run_seeds(_die, range(6), workers=min(2, cpu_count()))
+    assert results["seed"].tolist() == [seed for seed in range(6) if seed not in killers]
 
 
 @pytest.mark.parametrize("workers", [1, None])
@@ -259,17 +382,93 @@ def test_a_verdict_needs_interval_test_and_wins(wins, low, p, verdict):
 
 def test_holm_on_a_worked_example(monkeypatch):
     p = {"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}
-    monkeypatch.setattr(verdicts, "compare", lambda a, b: Comparison(0, 0, 0, p[a], 0, 0, 9))
-    found = compare_pairs({k: k for k in "abcdx"}, [(k, "x") for k in "abcd"])
+    monkeypatch.setattr(
+        verdicts, "_compared", lambda a, b: Comparison(0, 0, 0, p["abcd"[int(a[0])]], 0, 0, 9)
+    )
+    results = {k: np.full(2, i) for i, k in enumerate("abcdx")}
+    found = compare_pairs(results, [(k, "x") for k in "abcd"])
     assert list(found) == [(k, "x") for k in "abcd"]
     assert [c.p for c in found.values()] == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
 
-def test_arrays_that_do_not_pair_up_are_refused():
-    with pytest.raises(ValueError, match=r"a has shape \(3,\), b \(2,\)"):
+UNSOUND = {
+    "NaN": (lambda x: np.where(np.arange(12) == 5, np.nan, x), "'a' is nan at seed index 5, 1 of"),
+    "infinite": (lambda x: np.where(np.arange(12) > 7, -np.inf, x), "'a' is -inf at .* 8, 4 of"),
+    "huge": (lambda x: np.where(np.arange(12) == 0, 1e200, x), r"'a' is 1e\+200 at seed index 0"),
+    "masked": (lambda x: np.ma.masked_greater(x, 81), "'a' has masked entries: leave their seeds"),
+    "None": (lambda x: [*x[:11], None], "'a' has dtype object: results must be real numbers"),
+    "texts": (lambda x: x.astype(str), "'a' has dtype <U32: results must be real numbers"),
+    "complex": (lambda x: x + 0j, "'a' has dtype complex128: results must be real"),
+    "two axes": (lambda x: x[:, None], r"'a' has shape \(12, 1\): one number for each seed"),
+    "one number": (lambda x: x[0], r"'a' has shape \(\): one number for each seed"),
+    "one seed": (lambda x: x[:1], "'a' has 1 seeds: it takes at least 2 seeds"),
+    "tensor": (lambda x: torch.tensor([torch.nan] * 12), "'a' is nan at seed index 0, 12 of its"),
+}
+
+
+@pytest.mark.parametrize("change, told", UNSOUND.values(), ids=UNSOUND)
+def test_results_without_a_verdict_are_refused_by_name(change, told):
+    b = 80 + np.arange(12) % 3.0
+    a = change(b + 5)
+    for refused in (
+        lambda: compare(a, b),
+        lambda: compare_pairs({"x": b, "a": a}, [("x", "a")]),
+        lambda: summarize({"x": b, "a": a}),
+        lambda: recommend({"x": b, "a": a}, {"x": 1, "a": 2}),
+    ):
+        with pytest.raises(ValueError, match=told) as refusal:
+            refused()
+        assert "\n" not in str(refusal.value)
+
+
+def test_results_that_do_not_pair_up_are_refused():
+    with pytest.raises(ValueError, match=r"do not pair up, seeds of each: \{'a': 3, 'b': 2\}"):
         compare(np.zeros(3), np.zeros(2))
-    with pytest.raises(ValueError, match="at least 2 seeds, there is 1"):
-        summarize({"a": np.zeros(1)})
+    with pytest.raises(ValueError, match="no results for 'c', only for"):
+        compare_pairs({"a": np.zeros(3), "b": np.zeros(3)}, [("a", "c")])
+
+
+def test_leaving_the_seeds_out_that_a_refusal_names_is_a_cure():
+    a, b = draws(12), draws(12, seed=1)
+    a[[3, 7]] = np.nan
+    for _ in range(2):
+        with pytest.raises(ValueError, match="seed index") as refusal:
+            compare(a, b)
+        i = int(str(refusal.value).split("seed index ")[1].split(",")[0])
+        a, b = np.delete(a, i), np.delete(b, i)
+    assert compare(a, b).n == 10
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [np.uint8, np.uint64, np.int16, np.float16, np.float32, np.longdouble, np.bool_, list,
+     torch.tensor, lambda x: torch.tensor(x, dtype=torch.bfloat16),
+     lambda x: torch.tensor(x, dtype=torch.float64, requires_grad=True)],
+)  # fmt: skip
+def test_comparisons_are_of_the_numbers_whatever_holds_them(kind):
+    a, b = np.arange(12) % 2, (np.arange(12) + 1) // 3 % 2
+    assert compare(kind(a), kind(b)) == compare(a.astype(float), b.astype(float))
+    assert summarize({"a": kind(a)}) == summarize({"a": a.astype(float)})
+    assert close_calls(kind(a)).endswith("6 of 12")
+
+
+def test_single_precision_is_compared_in_double():
+    a = np.float32(80.1) + np.zeros(12, np.float32)
+    b = a + np.float32(1e-3) * (1 + np.arange(12, dtype=np.float32) % 3)
+    assert compare(b, a) == compare(b.astype(float), a.astype(float))
+
+
+def test_memory_does_not_grow_with_the_seeds(monkeypatch):
+    x = draws(1500)
+    expected = compare(x[:300], np.zeros(300)), summarize({"a": x[:300]})
+    tracemalloc.start()
+    compare(x, np.zeros(1500))
+    summarize({"a": x})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200e6
+    monkeypatch.setattr(verdicts, "AT_ONCE", 300 * 10_000)  # all at once: the same draws
+    assert (compare(x[:300], np.zeros(300)), summarize({"a": x[:300]})) == expected
 
 
 def test_the_last_bit_does_not_decide_a_printed_digit():
@@ -285,3 +484,9 @@ def test_close_calls_are_counted():
     )
     told = "Seeds with a decision closer than 1e-02 logits: 2 of 3"
     assert close_calls([1e-9, 1e-3, 2.0], drift=1e-4) == told
+    with pytest.raises(ValueError, match="'margin' is nan at seed index 1"):
+        close_calls([1.0, np.nan])
+    with pytest.raises(ValueError, match="'margin' has 0 seeds: it takes at least 1"):
+        close_calls([])
+    with pytest.raises(ValueError, match="drift = nan must be a positive number"):
+        close_calls([1.0], drift=np.nan)

@@ -10,16 +10,18 @@ from typing import NamedTuple
 
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import Adam
 
 from helpers.data import check_budgets, split
+from helpers.data.embeddings import EPS, constant_columns
 from helpers.models import with_fresh_head
 from helpers.models.mlp import MLP
 from helpers.peft import inject_adapter, inject_bitfit, inject_lora
 from helpers.study.seeds import reproducible
-from helpers.study.verdicts import compare_pairs, seeds_needed, summarize
+from helpers.study.verdicts import Comparison, compare, compare_pairs, seeds_needed, summarize
 from helpers.training import (
     count_parameters,
     cross_entropy,
@@ -27,6 +29,7 @@ from helpers.training import (
     freeze,
     linear_probe,
     lp_ft,
+    predict,
     train,
     unfreeze,
 )
@@ -59,30 +62,12 @@ METHODS = {  # what each does to a frozen model before the head, too, is set fre
 def pretrain(X, y=None, *, steps=300, batch_size=128, lr=3e-3, masked=0.3):
     """Train an `MLP` on the labels y; without any, to restore entries of X that are masked.
 
-    Without labels it is a denoising autoencoder: its loss is the mean of (model(x * mask) - x)^2,
-    with a new mask at each step. The backbone encodes; the head, which a fresh one will replace,
-    decodes. Weights, masks and the order of batches come from torch's global stream.
-
-    Parameters
-    ----------
-    X : Tensor of shape (n, d)
-        Standardised columns.
-    y : int64 Tensor of shape (n,), optional
-    steps : int, default=300
-        The epoch of the last one is completed.
-    batch_size : int, default=128
-    lr : float, default=3e-3
-        Adam's learning rate.
-    masked : float, default=0.3
-        Share of entries that are set to 0, the mean of their column.
-
-    Returns
-    -------
-    MLP
-
-    References
-    ----------
-    Vincent et al. (2008), section 2.3, doi:10.1145/1390156.1390294.
+    Without labels it is a denoising autoencoder (Vincent et al. 2008, section 2.3,
+    doi:10.1145/1390156.1390294): its loss is the mean of (model(x * mask) - x)^2, and a new mask
+    sets a share `masked` of the standardised entries to 0, their mean, at each step. The backbone
+    encodes; the head, which a fresh one will replace, decodes. Weights, masks and the order of
+    batches come from torch's global stream; the epoch of the last of `steps` is completed. The
+    `MLP` comes back.
     """
 
     def _restore(model, x, y):
@@ -105,44 +90,30 @@ def pretrain(X, y=None, *, steps=300, batch_size=128, lr=3e-3, masked=0.3):
 def compare_methods(seed, *, data, budget, epochs=60):
     """Train by each of `METHODS` on a few labelled rows, score them on rows that none has seen.
 
-    Where there are source rows the model is pre-trained on them, else on the pool without labels;
-    "scratch" and "logistic head" do without. Columns are standardised by mean and standard
-    deviation of the pool, those of the source by its own. Each method's rate is the one that gets
-    the most validation rows right, the smallest of equals.
-
-    A seed decides the split, the labelled rows and the random weights. The rows stay the same, so
-    an interval over seeds says nothing of other collections of rows.
-
-    Parameters
-    ----------
-    seed : int
-    data : Rows
-    budget : int
-        Labelled rows of each class to train on; as many others choose the learning rate.
-    epochs : int, default=60
-        Full-batch steps of each training.
-
-    Returns
-    -------
-    dict of str to float
-        Accuracy on the test rows in percent, of each method; and "margin", that of the closest
-        decision behind these and the choices of rates.
-
-    Raises
-    ------
-    ValueError
-        As in `check_budgets`.
+    A seed decides the split, the `budget` labelled rows of each class, as many others that choose
+    the learning rate, and the random weights; the rows stay the same, so an interval over seeds
+    says nothing of other collections of rows. Where there are source rows the model is pre-trained
+    on them, else on the pool without labels; "scratch" and "logistic head" do without. Columns are
+    standardised by the pool, those of the source by their own; training takes `epochs` full-batch
+    steps, at the rate that gets the most validation rows right, the smallest of equals. Accuracy
+    on the test rows in percent comes back for each method, and "margin", that of the closest
+    decision behind these and the choices of rates; where classes are `unequal` also
+    "method, balanced", the mean over classes, and the same of a "constant answer", the largest
+    class.
     """
+    if epochs < 2:
+        raise ValueError(f"epochs = {epochs} must be 2 or more: LP-FT trains in two phases")
     check_budgets(data, [budget])
     n_classes, rows = len(data.classes), split(data.y, budget, seed=seed)
-    X = _standardized(data.X, like=data.X[rows["pool"]])
+    X = _standardized(data.X, like=data.X[rows["pool"]], rounding=data.rounding)
     of = {name: (X[numbers], data.y[numbers]) for name, numbers in rows.items()}
     found, margins = {}, []
     with reproducible(seed):
         if data.X_source is None:
             base = pretrain(X[rows["pool"]])
         else:
-            base = pretrain(_standardized(data.X_source, like=data.X_source), data.y_source)
+            source = _standardized(data.X_source, like=data.X_source, rounding=data.rounding)
+            base = pretrain(source, data.y_source)
         fresh, start = MLP(X.shape[1], n_classes=n_classes), with_fresh_head(base, n_classes)
         for name in METHODS:
             models = _trained(name, fresh if name == "scratch" else start, *of["few"], epochs)
@@ -151,12 +122,22 @@ def compare_methods(seed, *, data, budget, epochs=60):
             scores.append(evaluate(models[best], *of["test"]))
             found[name] = 100 * scores[-1].accuracy
             margins += [score.margin for score in scores]
+            if data.unequal:
+                found[f"{name}, balanced"] = _balanced(models[best], *of["test"])
+    if data.unequal:
+        share = of["test"][1].bincount() / len(rows["test"])
+        found |= {"constant answer": 100 * float(share.max())}
+        found["constant answer, balanced"] = 100 / n_classes
     return found | {"margin": min(margins)}
 
 
-def _standardized(X, *, like):
+def _balanced(model, X, y):
+    return 100 * balanced_accuracy_score(y, predict(model, X).argmax(-1))
+
+
+def _standardized(X, *, like, rounding=EPS):
     sd = like.std(0, correction=0)
-    sd[sd == 0] = math.inf  # a column that does not vary in `like` becomes 0
+    sd[constant_columns(like, rounding)] = math.inf  # what does not vary in `like` becomes 0
     return ((X - like.mean(0)) / sd).round(decimals=10)
 
 
@@ -207,14 +188,7 @@ def _logistic_head(X, y, C):
 def method_sizes(data):
     """Count the parameters that each of `METHODS` trains on the labelled rows.
 
-    Parameters
-    ----------
-    data : Rows
-
-    Returns
-    -------
-    dict of str to int
-        Of the logistic head what scikit-learn fits: one column for two classes.
+    Of the logistic head it is what scikit-learn fits: one column for two classes.
     """
     d, n_classes = data.X.shape[1], len(data.classes)
     sizes = {"logistic head": (d + 1) * (1 if n_classes == 2 else n_classes)}
@@ -228,16 +202,10 @@ def method_sizes(data):
 class Recommendation(NamedTuple):
     """The smallest method that is not significantly worse than the best; prints as sentences.
 
-    Attributes
-    ----------
-    name, best : str
-        The recommended method, and the one with the highest mean.
-    comparisons : dict of str to Comparison
-        Each other method minus the best; p-values are adjusted by Holm.
-    scores : dict of str to Summary
-        Mean and interval of each method.
-    sizes : dict of str to int
-        Trained parameters of each method.
+    `name` is recommended and `best` has the highest mean; `comparisons` holds each other method
+    minus the best, adjusted by Holm; `scores` the mean and interval of each method and `sizes` its
+    trained parameters. Where classes are unequal, `balanced` holds each method's balanced accuracy
+    and the constant answer's, and `constant` the recommended method minus the constant answer.
     """
 
     name: str
@@ -245,6 +213,8 @@ class Recommendation(NamedTuple):
     comparisons: dict
     scores: dict
     sizes: dict
+    balanced: dict
+    constant: Comparison | None
 
     def __str__(self):
         n, m = self.scores[self.best].n, len(self.comparisons)
@@ -279,43 +249,47 @@ class Recommendation(NamedTuple):
                 f"With {n} seeds and {m} comparisons no difference, however large, can be"
                 f" significant: take at least {needed} seeds"
             )
-        return "\n".join(lines)
+        return "\n".join(lines + self._shares())
+
+    def _shares(self):
+        """Return what accuracy alone hides where classes are unequal."""
+        if self.constant is None:
+            return []
+        top = max(self.sizes, key=lambda name: self.balanced[name].mean)
+        return [
+            f"Classes are unequal: against a constant answer {self.name} gets"
+            f" {self.constant.numbers} points of accuracy, {self.constant.verdict}",
+            f"Balanced accuracy, the mean over classes: {self.name} {self.balanced[self.name]} %,"
+            f" a constant answer {self.balanced['constant answer'].mean:.1f} %; the highest is"
+            f" {self.balanced[top]} % by {top}",
+        ]
 
 
 def recommend(results, sizes):
     """Recommend the smallest method that is not significantly worse than the best.
 
-    The best has the highest mean. Each other method is compared with it, paired by seed, and the
-    p-values are adjusted for being several. Of two methods of one size, the better mean wins.
-
-    The best is picked on the scores that it is then compared by, so its own mean is somewhat too
-    high. Where 8 methods are equally good, at 10 seeds, some are called worse in about 10 of 100
-    simulated runs, not in 5, and the smallest in 2.
-
-    Parameters
-    ----------
-    results : dict of str to array of shape (n,)
-        As `helpers.study.run_seeds` returns. Names that are not in `sizes` are left out.
-    sizes : dict of str to int
-        Trained parameters of each method, as `method_sizes` returns.
-
-    Returns
-    -------
-    Recommendation
-
-    Raises
-    ------
-    ValueError
-        If there are fewer than two methods, one has no results, or there is one seed only.
+    `results` are as `helpers.study.run_seeds` returns them, and `sizes` the trained parameters of
+    each method, as `method_sizes` counts them; results that have no size are left out. The best
+    has the highest mean. Each other method is compared with it, paired by seed, and the p-values
+    are adjusted for being several. Of two methods of one size, the better mean wins. The best is
+    picked on the scores that it is then compared by, so its own mean is somewhat too high. Where 8
+    methods are equally good, at 10 seeds, some are called worse in about 10 of 100 simulated runs,
+    not in 5, and the smallest in 2.
     """
     if missing := [name for name in sizes if name not in results]:
         raise ValueError(f"there are no results for {missing}, only for {list(results)}")
     if len(sizes) < 2:
         raise ValueError(f"a recommendation takes at least two methods, there is {list(sizes)}")
+    if bad := [name for name, size in sizes.items() if not 0 <= size < math.inf]:
+        raise ValueError(f"the size of {bad[0]!r} is {sizes[bad[0]]}: it counts parameters")
     scores = summarize({name: results[name] for name in sizes})
     best = min(sizes, key=lambda name: (-scores[name].mean, sizes[name]))
     pairs = compare_pairs(results, [(name, best) for name in sizes if name != best])
     comparisons = {name: c for (name, _), c in pairs.items()}
     kept = [name for name in sizes if name == best or comparisons[name].sign != "▼"]
     name = min(kept, key=lambda name: (sizes[name], -scores[name].mean))
-    return Recommendation(name, best, comparisons, scores, dict(sizes))
+    told, balanced, constant = "constant answer", {}, None
+    if told in results:
+        balanced = summarize({m: results[f"{m}, balanced"] for m in (*sizes, told)})
+        constant = compare(results[name], results[told])
+    return Recommendation(name, best, comparisons, scores, dict(sizes), balanced, constant)

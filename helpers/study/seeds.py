@@ -1,83 +1,65 @@
 """The same experiment over many seeds, in parallel processes, with the same numbers."""
 
 import sys
+import threading
 import warnings
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
-from joblib import Parallel, cpu_count, delayed
+from joblib import cpu_count, effective_n_jobs
+from joblib.externals.loky import get_reusable_executor
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from joblib.parallel import get_active_backend
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
+_LOCK = threading.RLock()  # torch's default dtype, random stream and threads: a process has one set
+
+DEATHS = ("TerminatedWorkerError", "KilledWorker")  # loky's and Dask's, which may not be installed
+
 
 @contextmanager
-def reproducible(seed):
-    """Compute in float64 from torch's global stream seeded with `seed`; restore both afterwards.
+def reproducible(seed, *, dtype=torch.float64):
+    """Compute in `dtype` from torch's global stream seeded with `seed`; restore both afterwards.
 
     float64 from the first draw keeps the drift between processors far below what is printed.
-
-    Parameters
-    ----------
-    seed : int
+    Dtype and stream belong to the process, so only one thread at a time is inside: others wait,
+    and a thread that is inside must not wait for one that wants to be.
     """
-    dtype = torch.get_default_dtype()
-    with torch.random.fork_rng(devices=[]):
+    with _LOCK, torch.random.fork_rng(devices=[]):
+        before = torch.get_default_dtype()
         torch.manual_seed(seed)
-        torch.set_default_dtype(torch.float64)
+        torch.set_default_dtype(dtype)
         try:
             yield
         finally:
-            torch.set_default_dtype(dtype)
+            torch.set_default_dtype(before)
 
 
 def run_seeds(experiment, seeds, *, workers=None):
     """Run an experiment once for each seed, in parallel processes of one thread each.
 
-    Parameters
-    ----------
-    experiment : callable
-        ``experiment(seed) -> dict of str to float``, a plain function of its seed.
-    seeds : sequence of int
-    workers : int, optional
-        Processes, never more than cores; 1 stays in this one. None is one for each core, or all
-        that the backend of an enclosing `joblib.parallel_config` has. Results do not depend on it:
-        where workers would share torch's dtype and random stream (threads, or a run inside a
-        run), there is one.
-
-    Returns
-    -------
-    dict of str to array of shape (n,)
-        One value for each seed, in the order of `seeds`. A seed that failed, or was lost when a
-        worker died, is left out of every array, so that pairs stay pairs, and told in a warning.
-
-    Raises
-    ------
-    ValueError
-        If there are no seeds, a seed occurs twice, or `workers` is not from 1 to the cores.
-    RuntimeError
-        If every seed failed.
+    `experiment` is a plain function of its seed, ``experiment(seed) -> dict of str to float``, and
+    is run as if alone in its process, from torch's stream of that seed and in the caller's default
+    dtype. What comes back has for each name an array with one value for each seed, in the order of
+    `seeds`; it does not depend on `workers`, of which there are never more than cores: 1 stays in
+    this process, None is one for each core or all that the backend of an enclosing
+    `joblib.parallel_config` has. Threads share what only a process has, so they take turns, and a
+    run inside a run stays in its process. A seed that failed, or whose worker died, is left out of
+    every array, so that pairs stay pairs, and told in a warning.
     """
     seeds = list(seeds)
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be distinct and at least one: {seeds[:10]}")
     if workers is not None and not 1 <= workers <= cpu_count():
         raise ValueError(f"workers = {workers} must be from 1 to the {cpu_count()} cores there are")
-    backend, _ = get_active_backend()
-    n_jobs = 1 if getattr(backend, "supports_sharedmem", False) else workers or -1
-    streams = n_jobs == 1 or getattr(backend, "supports_return_generator", False)
-    parallel = Parallel(n_jobs=n_jobs, return_as="generator" if streams else "list")
-    runs = parallel(delayed(_run)(experiment, seed) for seed in seeds)
+    runs = _runs(experiment, seeds, workers)
     bar = tqdm(runs, total=len(seeds), unit="seed", leave=False, disable=not _watched())
-    done, rows, failures = [], [], []
-    try:
-        for run in bar:
-            done.append(run)
-    except TerminatedWorkerError:
-        done += [(None, "lost, a worker process died")] * (len(seeds) - len(done))
-    for seed, (row, failure) in zip(seeds, done, strict=True):
+    found, rows, failures = dict(bar), [], []
+    for i, seed in enumerate(seeds):
+        row, failure = found[i]
         if failure is None and rows and row.keys() != rows[0].keys():
             failure = f"returned {sorted(row)}, the other seeds {sorted(rows[0])}"
         if failure is None:
@@ -92,17 +74,65 @@ def run_seeds(experiment, seeds, *, workers=None):
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
-def _run(experiment, seed):
-    """Run one seed on one thread; return (results, None) or (None, what went wrong)."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _runs(experiment, seeds, workers):
+    """Yield the place of each seed, in any order, and what `_run` returned."""
+    backend, _ = get_active_backend()
+    task = partial(_run, experiment, torch.get_default_dtype())
+    # who is inside a run holds the lock, and would wait for ever for threads of this process
+    here = workers == 1 or getattr(backend, "supports_sharedmem", False) or _LOCK._is_owned()
+    at_once = 1 if here else effective_n_jobs(workers or -1)
+    if at_once == 1:
+        yield from ((i, task(seed)) for i, seed in enumerate(seeds))
+        return
+    left, suspects, futures = dict(enumerate(seeds)), [], {}
     try:
-        with threadpool_limits(1):
-            row = {name: float(value) for name, value in experiment(seed).items()}
-    except (Exception, SystemExit) as error:
-        return None, f"{type(error).__name__}: {error}"
+        while left:
+            futures = _submitted(task, {i: left[i] for i in suspects[:1] or left}, backend, at_once)
+            for future in futures:
+                if (error := future.exception()) is None:
+                    del left[futures[future]]
+                    yield futures[future], future.result()
+                elif type(error).__name__ not in DEATHS:
+                    raise error
+            if not suspects:  # the seed that killed its worker, if one did, is among the first
+                suspects = list(left)[:at_once]
+            elif (i := suspects.pop(0)) in left:  # it ran alone
+                del left[i]
+                yield i, (None, "lost, its worker process died")
     finally:
-        torch.set_num_threads(threads)
+        for future in futures:
+            future.cancel()
+
+
+def _submitted(task, seeds, backend, workers):
+    """Hand seeds to processes; return futures with the places of those that were still taken."""
+    kind, futures = type(backend).__name__, {}
+    if kind == "DaskDistributedBackend":
+        submit = partial(backend.client.submit, pure=False)
+    elif kind in ("LokyBackend", "MultiprocessingBackend"):  # the latter hangs if a worker dies
+        submit = get_reusable_executor(workers, timeout=300).submit
+    else:
+        raise ValueError(f"seeds run on loky, Dask or threads of joblib, not on its {kind}")
+    for i, seed in seeds.items():
+        try:
+            futures[submit(task, seed)] = i
+        except TerminatedWorkerError:
+            break
+    return futures
+
+
+def _run(experiment, dtype, seed):
+    """Run one seed on one thread; return (results, None) or (None, what went wrong)."""
+    with _LOCK:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with reproducible(seed, dtype=dtype), threadpool_limits(1):
+                row = {name: float(value) for name, value in experiment(seed).items()}
+        except (Exception, SystemExit) as error:
+            return None, f"{type(error).__name__}: {error}"
+        finally:
+            torch.set_num_threads(threads)
     bad = [name for name, value in row.items() if not np.isfinite(value)]
     return (None, f"{bad} not finite") if bad else (row, None)
 
@@ -118,34 +148,16 @@ def _watched():
 
 
 def stream(seed, purpose):
-    """Return a seed of its own for each purpose: equal streams would make equal numbers.
-
-    Parameters
-    ----------
-    seed : int
-    purpose : str
-
-    Returns
-    -------
-    int
-    """
+    """Return a seed of its own for each purpose: equal streams would make equal numbers."""
     entropy = [seed, *purpose.encode()]
     return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
 def percent(scores, *others):
-    """Return accuracies in percent, and the closest decision behind these and other scores.
+    """Return accuracies in percent, with the closest decision as "margin".
 
-    Parameters
-    ----------
-    scores : dict of str to helpers.training.Score
-    *others : helpers.training.Score
-        Behind a choice that was made on the way.
-
-    Returns
-    -------
-    dict of str to float
-        With the smallest margin as "margin".
+    `scores` has a `helpers.training.Score` for each name; the margin is the smallest of these and
+    of the `others`, which are behind a choice that was made on the way.
     """
     margin = min(s.margin for s in (*scores.values(), *others))
     return {name: 100 * s.accuracy for name, s in scores.items()} | {"margin": margin}

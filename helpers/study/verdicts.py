@@ -3,23 +3,20 @@
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from scipy import stats
 
 RESAMPLES = 10_000  # of each bootstrap and sign-flip test
+
+AT_ONCE = 2_000_000  # numbers that are resampled in one batch: memory does not grow with the seeds
+
+LARGEST = 1e100  # of a result: beyond it the variance would overflow
 
 DRIFT = 1e-9  # logits of two processors differ by less in these studies: 6e-10 was measured
 
 
 class Summary(NamedTuple):
-    """Mean over seeds with its interval; prints as ``81.2 [80.1, 82.3]``.
-
-    Attributes
-    ----------
-    mean, sd, low, high : float
-        Mean, standard deviation, and the mean's 95 % interval.
-    n : int
-        Seeds.
-    """
+    """Mean, standard deviation, the mean's 95 % interval, n seeds: prints ``81.2 [80.1, 82.3]``."""
 
     mean: float
     sd: float
@@ -34,30 +31,13 @@ class Summary(NamedTuple):
 def summarize(results):
     """Return mean, standard deviation, 95 % interval and n of each array in `results`.
 
-    The interval is the bootstrap's expanded percentile interval, from 10,000 resamples: the plain
-    one is too narrow by sqrt((n - 1) / n) and by normal instead of t quantiles. Below 10 seeds it
-    is Student's t interval.
-
-    Parameters
-    ----------
-    results : dict of str to array of shape (n,)
-        As `run_seeds` returns.
-
-    Returns
-    -------
-    dict of str to Summary
-
-    Raises
-    ------
-    ValueError
-        If there are fewer than two seeds.
-
-    References
-    ----------
-    Hesterberg (2015), section 5.3, doi:10.1080/00031305.2015.1089789.
+    `results` has for each name one finite number for each seed, as `run_seeds` returns. The
+    interval is the bootstrap's expanded percentile interval, from 10,000 resamples: the plain one
+    is too narrow by sqrt((n - 1) / n) and by normal instead of t quantiles (Hesterberg 2015,
+    section 5.3, doi:10.1080/00031305.2015.1089789). Below 10 seeds it is Student's t interval.
     """
     summaries = {}
-    for name, values in results.items():
+    for name, values in _checked(results).items():
         low, high = _interval(values)
         mean, sd = _even(np.mean(values)), _even(np.std(values, ddof=1))
         summaries[name] = Summary(mean, sd, low, high, len(values))
@@ -67,37 +47,22 @@ def summarize(results):
 def close_calls(margins, *, drift=DRIFT):
     """Say in how many seeds a decision was so close that another processor might turn it.
 
-    Parameters
-    ----------
-    margins : array of shape (n,)
-        Each seed's closest decision, a gap between two logits.
-    drift : float, default=DRIFT
-        By how much the logits of two processors were seen to differ.
-
-    Returns
-    -------
-    str
-        Counts the margins below 100 x the measured drift between processors.
+    `margins` are each seed's closest decision, a gap between two logits; counted are those below
+    100 x `drift`, by which the logits of two processors were seen to differ.
     """
-    near = int((np.asarray(margins) < 100 * drift).sum())
+    if not 0 < drift < np.inf:
+        raise ValueError(f"drift = {drift} must be a positive number")
+    margins = _checked({"margin": margins}, least=1)["margin"]
+    near = int((margins < 100 * drift).sum())
     return f"Seeds with a decision closer than {100 * drift:.0e} logits: {near} of {len(margins)}"
 
 
 class Comparison(NamedTuple):
     """Paired difference a - b over seeds, and what may be said of it.
 
-    Attributes
-    ----------
-    difference, low, high : float
-        Mean difference and its 95 % interval.
-    p : float
-        Of the two-sided sign-flip test; adjusted by Holm where several pairs were compared.
-    wins : float
-        P(a > b), a tie counts half.
-    detectable : float
-        The difference that one comparison of n seeds of this spread finds with 80 % power.
-    n : int
-        Seeds.
+    Mean difference with its 95 % interval (low, high); p of the two-sided sign-flip test, adjusted
+    by Holm where several pairs were compared; wins, P(a > b), where a tie counts half; detectable,
+    the difference that one comparison of n seeds of this spread finds with 80 % power.
     """
 
     difference: float
@@ -137,14 +102,7 @@ class Comparison(NamedTuple):
     def detectable_among(self, comparisons):
         """Return the difference found with 80 % power where Holm adjusts for several comparisons.
 
-        Parameters
-        ----------
-        comparisons : int
-            So many; the first of them to be found is tested at 0.05 / comparisons.
-
-        Returns
-        -------
-        float
+        The first of them to be found is tested at 0.05 / `comparisons`.
         """
         one, several, power = stats.t.ppf([0.975, 1 - 0.025 / comparisons, 0.8], self.n - 1)
         return float(self.detectable * (several + power) / (one + power))
@@ -157,38 +115,65 @@ def seeds_needed(comparisons):
     """Return the smallest number of seeds at which any of these comparisons can be significant.
 
     The sign-flip test's smallest p is 2 / 2^n, and Holm multiplies it by their number.
-
-    Parameters
-    ----------
-    comparisons : int
-
-    Returns
-    -------
-    int
     """
     return next(n for n in range(1, 100) if 2 / 2**n * comparisons < 0.05)
 
 
 def compare(a, b):
-    """Compare two methods on the same seeds.
+    """Compare two methods on the same seeds: entry i of both comes from the same seed.
 
-    Parameters
-    ----------
-    a, b : array of shape (n,)
-        Entry i of both comes from the same seed.
-
-    Returns
-    -------
-    Comparison
-
-    Raises
-    ------
-    ValueError
-        If the arrays do not pair up or hold fewer than two seeds.
+    Differences are taken in float64 and rounded to 10 decimals, so that ties are ties.
     """
-    a, b = np.asarray(a), np.asarray(b)
-    if a.shape != b.shape or a.ndim != 1:
-        raise ValueError(f"a has shape {a.shape}, b {b.shape}: both need one value for each seed")
+    return _compared(*_checked({"a": a, "b": b}, paired=True).values())
+
+
+def compare_pairs(results, pairs):
+    """Compare several pairs of one table; their p-values are adjusted for being several.
+
+    `results` is as in `summarize`; each pair is of two names in it, for the difference a - b. The
+    adjustment is Holm's (1979, A simple sequentially rejective multiple test procedure, Scand. J.
+    Stat. 6).
+    """
+    if missing := [name for pair in pairs for name in pair if name not in results]:
+        raise ValueError(f"there are no results for {missing[0]!r}, only for {list(results)}")
+    used = _checked({name: results[name] for pair in pairs for name in pair}, paired=True)
+    plain = {(a, b): _compared(used[a], used[b]) for a, b in pairs}
+    by_p = sorted(plain, key=lambda pair: plain[pair].p)
+    scaled = [plain[pair].p * (len(plain) - i) for i, pair in enumerate(by_p)]
+    adjusted = dict(zip(by_p, np.minimum(np.maximum.accumulate(scaled), 1), strict=True))
+    return {pair: c._replace(p=float(adjusted[pair])) for pair, c in plain.items()}
+
+
+def _checked(results, *, least=2, paired=False):
+    """Return float64 arrays; refuse what no mean, interval or comparison can be taken of."""
+    checked = {}
+    for name, values in results.items():
+        if isinstance(values, torch.Tensor):
+            values = values.detach().cpu()
+            values = values.float().numpy() if values.dtype == torch.bfloat16 else values.numpy()
+        if np.ma.is_masked(values):
+            raise ValueError(f"{name!r} has masked entries: leave their seeds out of every result")
+        values = np.asarray(values)
+        if values.dtype.kind not in "biuf":
+            raise ValueError(f"{name!r} has dtype {values.dtype}: results must be real numbers")
+        if values.ndim != 1:
+            raise ValueError(f"{name!r} has shape {values.shape}: one number for each seed, (n,)")
+        if len(values) < least:
+            raise ValueError(f"{name!r} has {len(values)} seeds: it takes at least {least} seeds")
+        usable = np.abs(checked.setdefault(name, values.astype(np.float64))) < LARGEST  # NaN is not
+        if not usable.all():
+            i = int(np.argmin(usable))
+            raise ValueError(
+                f"{name!r} is {values[i]} at seed index {i}, {(~usable).sum()} of its results are"
+                f" NaN, infinite or beyond {LARGEST:g}: leave such seeds out of every result"
+            )
+    lengths = {name: len(values) for name, values in checked.items()}
+    if paired and len(set(lengths.values())) > 1:
+        raise ValueError(f"results do not pair up, seeds of each: {lengths}")
+    return checked
+
+
+def _compared(a, b):
     d = (a - b).round(10)
     low, high = _interval(d)
     p = stats.permutation_test(  # exchanging a pair's members flips the sign of its difference
@@ -197,6 +182,7 @@ def compare(a, b):
         permutation_type="samples",
         vectorized=True,
         n_resamples=RESAMPLES - 1,
+        batch=max(1, AT_ONCE // len(d)),
         rng=np.random.default_rng(0),
     ).pvalue
     detectable = stats.t.ppf([0.975, 0.8], len(d) - 1).sum() * stats.sem(d)
@@ -204,34 +190,8 @@ def compare(a, b):
     return Comparison(_even(d.mean()), low, high, float(p), wins, float(detectable), len(d))
 
 
-def compare_pairs(results, pairs):
-    """Compare several pairs of one table; their p-values are adjusted for being several.
-
-    Parameters
-    ----------
-    results : dict of str to array of shape (n,)
-    pairs : list of (str, str)
-        Names a, b in `results`, for the difference a - b.
-
-    Returns
-    -------
-    dict of (str, str) to Comparison
-
-    References
-    ----------
-    Holm (1979), A simple sequentially rejective multiple test procedure, Scand. J. Stat. 6.
-    """
-    plain = {(a, b): compare(results[a], results[b]) for a, b in pairs}
-    by_p = sorted(plain, key=lambda pair: plain[pair].p)
-    scaled = [plain[pair].p * (len(plain) - i) for i, pair in enumerate(by_p)]
-    adjusted = dict(zip(by_p, np.minimum(np.maximum.accumulate(scaled), 1), strict=True))
-    return {pair: c._replace(p=float(adjusted[pair])) for pair, c in plain.items()}
-
-
 def _interval(values):
     n = len(values)
-    if n < 2:
-        raise ValueError(f"an interval needs at least 2 seeds, there is {n}")
     if n < 10:  # too few values to resample
         low, high = stats.t.interval(0.95, n - 1, np.mean(values), stats.sem(values) or 1e-300)
         return _even(low), _even(high)
@@ -242,6 +202,7 @@ def _interval(values):
         method="percentile",
         confidence_level=1 - 2 * tail,
         n_resamples=RESAMPLES,
+        batch=max(1, AT_ONCE // n),
         rng=np.random.default_rng(0),
     ).confidence_interval
     return _even(interval.low), _even(interval.high)
