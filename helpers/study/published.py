@@ -45,7 +45,7 @@ def published_cells(task, *, before, rng, labels, shift_scale, base, features, t
     to score for each published number, in the order of the notebook.
     """
     before("pre-training")
-    model = _pretrained(task, **base)
+    model = pretrain(task, **base)
     before("feature extraction")
     probed, _ = training.fine_tune(model, *task.train, **features)
     before("fine-tuning")
@@ -97,7 +97,7 @@ def published_protocol(seed, *, task=None, **settings):
         converged = models.with_fresh_head(base)
         training.linear_probe(converged, *drawn.train, epochs=300, lr=0.1)
         _again()
-        rescaled = _pretrained(honest, **of["base"])
+        rescaled = pretrain(honest, **of["base"])
         runs |= {
             "before, other rows": (base, X[n:], y[n:]),
             "after, other rows": (adapted, X[n:], y[n:]),
@@ -110,9 +110,10 @@ def published_protocol(seed, *, task=None, **settings):
         return percent(scores | _fitted_heads(converged, drawn))
 
 
-def _pretrained(task, *, hidden, **options):
+def pretrain(task, *, hidden=64, epochs=50, lr=1e-3):
+    """Train all of a new MLP on a task; only its width and the steps vary. Returns the model."""
     model = models.MLP(task.X_train.shape[1], hidden=hidden, n_classes=task.n_classes)
-    training.fit(model, *task.train, **options)
+    training.fit(model, *task.train, lr=lr, epochs=epochs)
     return model
 
 
