@@ -238,6 +238,12 @@ def test_frozen_adapter_tensors_travel(tmp_path):
     assert torch.equal(outputs(other), outputs(model))
 
 
+def test_a_tied_tensor_is_kept_once_by_the_name_that_it_has_first():
+    model = gpt2()
+    unfreeze(model.lm_head)
+    assert list(adapter_state(model)) == ["transformer.wte.weight"]
+
+
 def test_nothing_trainable_is_refused(tmp_path):
     with pytest.raises(ValueError, match="nothing to save: every parameter of TinyTransformer"):
         save_trainable(tiny(), tmp_path / "a")
@@ -504,6 +510,25 @@ def test_running_statistics_that_moved_in_a_loop_of_ones_own_travel(norm, way, t
     torch.testing.assert_close(other.eval()(x).detach(), expected)
 
 
+def test_pefts_folder_lacks_statistics_unless_it_copies_their_module(tmp_path):
+    torch.manual_seed(0)
+    base, x = frozen(nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5))), torch.randn(3, 4)
+    base[1].running_mean += 1
+    config = peft.LoraConfig(r=2, target_modules=["0"])
+    theirs = randomised(in_peft(peft.get_peft_model, copy.deepcopy(base), config))
+    theirs.save_pretrained(tmp_path / "a")
+    model = copy.deepcopy(base)
+    load_peft(model, tmp_path / "a")
+    torch.testing.assert_close(model(x), theirs(x))
+    unfreeze(model[1])
+    save_peft(model, tmp_path / "b")
+    file = tmp_path / "b" / "adapter_model.safetensors"
+    found = load_file(file)
+    del found["base_model.model.1.running_mean"]
+    save_file(found, file)
+    refused(load_peft, base, tmp_path / "b", "running_mean' is not there in .*, but of shape")
+
+
 class Counting(nn.Module):
     """A base that moves a buffer of its own."""
 
@@ -556,6 +581,27 @@ def test_a_folder_of_a_quantised_base_is_refused_on_the_original_weights(kind, t
         torch.testing.assert_close(outputs(base), outputs(model), rtol=1e-10, atol=1e-10)
     load_peft(original, tmp_path, check_base=False)
     assert same(adapter_state(original), adapter_state(model))
+
+
+def test_a_trained_bias_leaves_the_codes_of_a_quantised_base_with_it(tmp_path):
+    model = tiny()
+    quantize_layers(model, QV)
+    layer = model.blocks[0].attention.q_proj
+    unfreeze(layer.bias)
+    inject.inject_lora(model, ["k_proj"], r=2)
+    assert {n for n in adapter_state(model) if "lora" not in n} == {
+        "blocks.0.attention.q_proj.bias"
+    }
+
+
+def test_a_base_without_a_frozen_part_that_was_there_is_another(tmp_path):
+    model = trained(head=None)
+    model.extra = frozen(nn.Linear(2, 2))
+    save_trainable(model, tmp_path / "a")
+    save_peft(model, tmp_path / "folder")
+    frozen_parts = r"belongs to another base: \d+ tensors were frozen, not \d+; load into the base"
+    refused(load_trainable, prepared(head=None, seed=2), tmp_path / "a", frozen_parts)
+    refused(load_peft, tiny(), tmp_path / "folder", frozen_parts)
 
 
 def test_the_base_is_the_same_under_adapters_wrappers_and_flags(tmp_path):
@@ -1026,6 +1072,16 @@ def test_a_model_of_ones_own_has_no_name_to_load_from(tmp_path):
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] is None
     assert config["auto_mapping"]["base_model_class"] == "TinyTransformer"
+
+
+def test_veras_projection_is_not_rounded_on_a_half_precision_base(tmp_path):
+    save_peft(trained("vera", tiny(torch.float32), head=None), tmp_path)
+    model = tiny(torch.bfloat16)
+    load_peft(model, tmp_path, check_base=False)
+    found = load_file(tmp_path / "adapter_model.safetensors")
+    kept = model.blocks[0].attention.q_proj.projection
+    assert torch.equal(kept.A, found["base_model.vera_A"])
+    assert torch.equal(kept.B, found["base_model.vera_B"])
 
 
 def test_veras_projection_goes_and_is_read_under_both_keys(tmp_path):
