@@ -126,8 +126,7 @@ def train(
         for epoch in range(epochs):
             total = 0.0
             for rows in _batches(X, batch_size, generator):
-                factor = _rate_factor(step, steps, warmup_steps, cosine)
-                _set_rates(optimizer, [rate * factor for rate in rates])
+                _set_rates(optimizer, rates, _rate_factor(step, steps, warmup_steps, cosine))
                 optimizer.zero_grad()
                 with nullcontext() if step else _first_step(model, len(X), batch_size):
                     when = f"at step {step + 1} of {steps} (epoch {epoch + 1})"
@@ -300,7 +299,8 @@ def _training(model, optimizer):
             yield rates
         finally:
             optimizer.zero_grad()
-            _set_rates(optimizer, rates)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
 
 
 def _train_mode(model):
@@ -319,9 +319,9 @@ def _train_mode(model):
                 module.eval()
 
 
-def _set_rates(optimizer, rates):
+def _set_rates(optimizer, rates, factor):
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+        group["lr"] = rate * factor
 
 
 def _rate_factor(step, steps, warmup_steps, cosine):

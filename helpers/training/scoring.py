@@ -65,7 +65,8 @@ def predict(model, X, *, batch_size=1024, device="auto"):
     check_whole(1, batch_size=batch_size)
     with _kept_modes(model):
         model.eval()
-        return torch.cat([_logits(model, _fit(x, like)) for x in X.split(int(batch_size or len(X)))])
+        batches = X.split(int(batch_size or len(X)))
+        return torch.cat([_logits(model, _fit(x, like)) for x in batches])
 
 
 def evaluate(model, X, y, *, batch_size=1024, device="auto"):
