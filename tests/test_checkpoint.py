@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import warnings
+from collections import OrderedDict
 
 import peft
 import pytest
@@ -982,14 +983,16 @@ def test_ranks_and_alphas_that_differ_by_layer_go_and_come_back(tmp_path):
         torch.testing.assert_close(outputs(loaded), outputs(model), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("small", ["q", "q2.q", "q2.xq"])
-def test_a_rank_is_that_of_the_named_layer_though_its_name_ends_others(small, tmp_path):
+@pytest.mark.parametrize("ranks", [(2, 3, 1), (2, 2, 1), (1, 2, 2), (3, 1, 2)])
+def test_a_rank_is_that_of_the_named_layer_though_its_name_ends_others(ranks, tmp_path):
     torch.manual_seed(0)
-    base, x = frozen(Suffixes().double()), torch.randn(3, 4).double()
+    a, z, q = (nn.Linear(4, 4) for _ in range(3))
+    parts = {"a": a, "z": nn.Sequential(OrderedDict(q=z)), "q": q}
+    base, x = frozen(nn.Sequential(OrderedDict(parts)).double()), torch.randn(3, 4).double()
     model = copy.deepcopy(base)
-    found = {name: model.get_submodule(name) for name in ("q", "q2.q", "q2.xq")}
-    ranks = {m: 1 if name == small else 2 for name, m in found.items()}
-    surgery.replace(model, found, lambda b: LoRA(b, ranks[b], 3.0 * ranks[b] ** 2))
+    found = {name: model.get_submodule(name) for name in ("a", "z.q", "q")}
+    rank = dict(zip(found.values(), ranks, strict=True))
+    surgery.replace(model, found, lambda b: LoRA(b, rank[b], 3.0 * rank[b] ** 2))
     save_peft(randomised(model), tmp_path)
     theirs = in_peft(peft.PeftModel.from_pretrained, copy.deepcopy(base), tmp_path)
     load_peft(base, tmp_path)
