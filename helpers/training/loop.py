@@ -241,9 +241,10 @@ def _batch_norm_hooks(model, n, batch_size):
     def _look(module, args):
         x = args[0]  # (B, C, ...)
         if x.numel() <= first * x.shape[1]:
+            more = "" if module.running_mean is None else ", or freeze the layer"
             raise ValueError(
                 f"batch_size={batch_size} makes a batch of one row of {n}, which batch norm"
-                f" {names[module]!r} cannot standardise: {cure}, or freeze the layer"
+                f" {names[module]!r} cannot standardise: {cure}{more}"
             )
 
     active = [m for m in names if m.training or m.running_mean is None]
