@@ -15,7 +15,17 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from helpers.models import MLP, with_fresh_head
-from helpers.peft import Adapter, adapters, inject, lora, merge, quantize_layers, unload
+from helpers.peft import (
+    Adapter,
+    Tuned,
+    adapters,
+    inject,
+    lora,
+    merge,
+    quantize_layers,
+    replace,
+    unload,
+)
 from helpers.study import reproducible
 from helpers.training import freeze
 from tests.test_inject import METHODS, NOT_MERGEABLE, adapted, each, rows, seeded, stirred, tiny
@@ -360,8 +370,8 @@ def test_unload_gives_the_base_back_bit_for_bit(method):
 
 def test_a_tuned_weight_alone_comes_back_before_its_bias():
     model = frozen(nn.Sequential(nn.LayerNorm(4)))
-    surgery_on = inject.replace(model, {"0": model[0]}, lambda base: inject.Tuned(base, ["weight"]))
-    assert surgery_on == ["0"] and unload(model) == ["0"]
+    replace(model, {"0": model[0]}, lambda base: Tuned(base, ["weight"]))
+    assert unload(model) == ["0"]
     assert [name for name, _ in model.named_parameters()] == ["0.weight", "0.bias"]
 
 

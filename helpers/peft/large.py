@@ -89,9 +89,10 @@ PUBLISHED = {  # trained parameters, and where they are printed
     ("GPT-3 175B", "LoRA on q, v, r=8"): (37_748_736, "37.7M, Hu et al. 2021, Table 4"),
 }
 
-# The type that the model runs in, and bytes of each trained parameter's gradient and optimiser
-# state. Adam keeps two float32 moments and, beside bfloat16 weights, a float32 copy of these: 16
-# bytes in all either way (Rajbhandari et al. 2019, section 3.1, arXiv:1910.02054)
+# The type that the model runs in, adapters included (by default ours are float32 on a base in half
+# precision, and then keep float32 inputs), and bytes of each trained parameter's gradient and
+# optimiser state. Adam keeps two float32 moments and, beside bfloat16 weights, a float32 copy of
+# these: 16 bytes in all either way (Rajbhandari et al. 2019, section 3.1, arXiv:1910.02054)
 PRECISIONS = {
     "float32": (torch.float32, 4, 8),
     "bfloat16": (torch.bfloat16, 2, 12),
