@@ -7,6 +7,8 @@ module's whole name or its end, from a dot on. What cannot be done is refused be
 changed.
 """
 
+from inspect import signature
+
 from helpers.peft import layers, lora
 from helpers.peft.base import _like, check_linear, sizes, uniform
 from helpers.peft.four_bits import check_rank
@@ -208,7 +210,8 @@ def inject_prompt(model, targets, *, num_virtual_tokens=8, std=0.02, generator=N
 
     names = replace(model, find(model, targets), _make)
     for module in model.modules():
-        if any(isinstance(m, layers.PromptTuning) for m in module.modules()):
+        held = any(isinstance(m, layers.PromptTuning) for m in module.modules())
+        if held and {"input_ids", "attention_mask"} <= {*signature(module.forward).parameters}:
             module.register_forward_pre_hook(layers.extend_mask, with_kwargs=True)
     return names
 

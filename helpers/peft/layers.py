@@ -302,7 +302,7 @@ def extend_mask(model, args, kwargs):
     Parameters
     ----------
     model : nn.Module
-        Perhaps with `input_ids` and `attention_mask` among what its forward takes.
+        With `input_ids` and `attention_mask` among what its forward takes.
     args, kwargs : tuple, dict
         What it is called with.
 
@@ -312,10 +312,9 @@ def extend_mask(model, args, kwargs):
         If a cache or positions are given, as `generate` does: each step would get a prompt.
     """
     prompts = [m for m in model.modules() if isinstance(m, PromptTuning) and m.enabled]
-    names = inspect.signature(model.forward).parameters
-    if len(prompts) != 1 or not {"input_ids", "attention_mask"} <= names.keys():
+    if len(prompts) != 1:
         return None
-    given = kwargs | dict(zip(names, args, strict=False))
+    given = kwargs | dict(zip(inspect.signature(model.forward).parameters, args, strict=False))
     ids, mask = given.get("input_ids"), given.get("attention_mask")
     if extra := [n for n in ("past_key_values", "position_ids") if given.get(n) is not None]:
         raise ValueError(f"a prompt goes before whole sequences: call the model without {extra}")
