@@ -28,9 +28,9 @@ WANTED = sorted({*PROJECT["dependencies"], *(line for extra in EXTRAS for line i
 # there is no cycle; nobody imports execute
 ROOMS = ["files", "data", "models", "training", "peft", "study", "show", "stored", "execute"]
 ORDER = {
-    "data": "rows tasks embeddings",
-    "models": "mlp transformer stages",
-    "training": "freezing scoring loop costs strategies domain",
+    "data": "rows tasks embeddings texts",
+    "models": "checkpoint encoder mlp transformer stages",
+    "training": "freezing batches scoring prefix checks loop costs strategies domain",
     "peft": "four_bits base product lora layers surgery inject qlora files hub_config hub"
     " arithmetic mixed large",
     "study": "seeds verdicts decide tuning published part1 part2 spectrum part3 part3_adapters",

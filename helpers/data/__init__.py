@@ -6,3 +6,4 @@ from helpers.data.rows import (
     Task, as_rows, check_classes, check_parameters, check_rows, check_whole
 )
 from helpers.data.tasks import digits, few_per_class, published_task, shift_digits, shifted_domain
+from helpers.data.texts import Texts, articles, documentation, draw, headlines, read_texts

@@ -95,7 +95,7 @@ def as_rows(values, *, name="X"):
     return rows
 
 
-def check_rows(X, y, *, classes=True, name="data"):
+def check_rows(X, y, *, classes=True, ids=False, name="data"):
     """Return rows as tensors; refuse what training or scoring would swallow in silence.
 
     Parameters
@@ -107,6 +107,8 @@ def check_rows(X, y, *, classes=True, name="data"):
     classes : bool, default=True
         Whether y is one class index for each row, and X floating point. If not, a loss of one's
         own knows what they are.
+    ids : bool, default=False
+        Whether X may hold integers all the same: token ids, a mask.
     name : str, default="data"
         What the error message calls these rows.
 
@@ -122,7 +124,7 @@ def check_rows(X, y, *, classes=True, name="data"):
     X = as_rows(X, name=f"{name}: X")
     if classes:
         y = check_classes(y, len(X), name=name)
-        if not X.is_floating_point():
+        if not (X.is_floating_point() or ids):
             raise ValueError(f"{name}: X is {X.dtype}, expected floating-point features")
     else:
         y = as_rows(y, name=f"{name}: y")

@@ -1,8 +1,10 @@
-"""Models to train: the published MLP, a transformer encoder; their stages and fresh heads."""
+"""Models to train: a pre-trained text encoder, the published MLP; their stages, fresh heads."""
 
 # fmt: off
+from helpers.models.checkpoint import Tokenizer, bundled
+from helpers.models.encoder import (
+    Attention, Encoder, EncoderBlock, FeedForward, TextClassifier, TokenEmbedding
+)
 from helpers.models.mlp import MLP
 from helpers.models.stages import stages, with_fresh_head
-from helpers.models.transformer import (
-    Attention, Block, FeedForward, PatchEmbedding, TinyTransformer
-)
+from helpers.models.transformer import Block, PatchEmbedding, TinyTransformer

@@ -2,63 +2,8 @@
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-
-class Attention(nn.Module):
-    """softmax(Q K' / sqrt(d_head)) V, with the four projections as plain linear layers.
-
-    `torch.nn.MultiheadAttention` reads its projections' ``.weight`` directly, so a layer that
-    replaces a projection would be bypassed in silence; here each projection is called.
-
-    Parameters
-    ----------
-    d : int
-        Width of the model, a multiple of `n_heads`.
-    n_heads : int
-
-    References
-    ----------
-    Vaswani et al. (2017), section 3.2, arXiv:1706.03762.
-    """
-
-    def __init__(self, d, n_heads):
-        super().__init__()
-        if d % n_heads:
-            raise ValueError(f"d={d} is not a multiple of n_heads={n_heads}")
-        self.n_heads, self.d_head = n_heads, d // n_heads
-        self.q_proj = nn.Linear(d, d)
-        self.k_proj = nn.Linear(d, d)
-        self.v_proj = nn.Linear(d, d)
-        self.out_proj = nn.Linear(d, d)
-
-    def forward(self, x, prefix=None):
-        q, k, v = (
-            project(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, H, T, d/H)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if prefix is not None:  # prefix tuning's keys and values, each (B, H, P, d/H)
-            k, v = torch.cat([prefix[0], k], 2), torch.cat([prefix[1], v], 2)  # (B, H, P+T, d/H)
-        y = F.scaled_dot_product_attention(q, k, v)  # (B, H, T, d/H)
-        return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, T, d)
-
-
-class FeedForward(nn.Module):
-    """fc2(gelu(fc1(x))).
-
-    Parameters
-    ----------
-    d, d_ff : int
-        Width of the model and of the hidden layer.
-    """
-
-    def __init__(self, d, d_ff):
-        super().__init__()
-        self.fc1 = nn.Linear(d, d_ff)
-        self.fc2 = nn.Linear(d_ff, d)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))  # (B, T, d) -> (B, T, d_ff) -> (B, T, d)
+from helpers.models.encoder import Attention, FeedForward
 
 
 class Block(nn.Module):

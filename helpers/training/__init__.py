@@ -12,6 +12,7 @@ from helpers.training.freezing import (
     Count, check_optimizer, count_parameters, freeze, freeze_to, param_groups, unfreeze
 )
 from helpers.training.loop import cross_entropy, train
+from helpers.training.prefix import CachedRows, cache_prefix
 from helpers.training.scoring import Score, evaluate, extract_features, predict, score
 from helpers.training.strategies import (
     fine_tune, fit, gradual_unfreezing, l2_sp, linear_probe, lp_ft

@@ -3,7 +3,7 @@
 import torch
 from torch.utils import flop_counter
 
-from helpers.data import check_rows
+from helpers.training.batches import _checked, _tensors
 from helpers.training.loop import cross_entropy
 from helpers.training.scoring import _fit, _place
 
@@ -61,7 +61,7 @@ def operations(model, X, y):
     Parameters
     ----------
     model : nn.Module
-    X : array of shape (n, ...)
+    X : array of shape (n, ...), dict or tuple of Tensor
     y : array of shape (n,)
         Class indices, of any integer dtype.
 
@@ -89,7 +89,7 @@ def activation_bytes(model, X, y):
     Parameters
     ----------
     model : nn.Module
-    X : array of shape (n, ...)
+    X : array of shape (n, ...), dict or tuple of Tensor
     y : array of shape (n,)
         Class indices, of any integer dtype.
 
@@ -99,7 +99,7 @@ def activation_bytes(model, X, y):
         Bytes, each storage counted once.
     """
     X, y = _rows(model, X, y)
-    given = [*model.parameters(), *model.buffers(), X, y]
+    given = [*model.parameters(), *model.buffers(), *_tensors(X), y]
     return saved_bytes(lambda: cross_entropy(model, X, y), given=given)
 
 
@@ -131,4 +131,4 @@ def step_memory(trainable, total, activations, *, weight=8, gradient=8, state=16
 
 def _rows(model, X, y):
     like = _place(model, "auto")
-    return tuple(_fit(t, like) for t in check_rows(X, y))
+    return tuple(_fit(t, like) for t in _checked(model, X, y))

@@ -3,12 +3,16 @@
 import copy
 import math
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
-from helpers.data import check_classes, check_rows, check_whole
+from helpers.data import check_classes, check_whole
+from helpers.training.batches import _checked, _labelled, _take, _unpacked
+from helpers.training.checks import _check_reached, _first_step
 from helpers.training.freezing import check_optimizer
 from helpers.training.scoring import (
     _fit,
@@ -21,7 +25,6 @@ from helpers.training.scoring import (
     predict,
 )
 
-BATCH_NORM = nn.modules.batchnorm._BatchNorm
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
@@ -31,7 +34,7 @@ def cross_entropy(model, x, y):
     Parameters
     ----------
     model : nn.Module
-    x : Tensor of shape (B, ...)
+    x : Tensor of shape (B, ...), dict or tuple of Tensor
     y : int64 Tensor of shape (B,)
 
     Returns
@@ -45,7 +48,7 @@ def cross_entropy(model, x, y):
 def train(
     model,
     X,
-    y,
+    y=None,
     *,
     optimizer,
     epochs,
@@ -70,21 +73,24 @@ def train(
     model : nn.Module
         Of any floating dtype. In half precision most small steps are rounded to none: train in
         single precision what is trained.
-    X : array of shape (n, ...)
-        Floating numbers, which are cast to the model's dtype.
-    y : array of shape (n, ...)
-        Class indices of shape (n,), or what a `loss` of your own reads: any finite numbers.
+    X : array of shape (n, ...), dict or tuple of Tensor, Dataset or DataLoader
+        Floating numbers, which are cast to the model's dtype, or token ids. A dict's or a tuple's
+        tensors are a model's several inputs, ``model(**X)`` or ``model(*X)``; a batch is cut to
+        its longest row by a dict's "mask" or "attention_mask". A dataset is read into memory.
+    y : array of shape (n, ...), optional
+        Class indices of shape (n,), or what a `loss` of your own reads: any finite numbers. None
+        where X holds them: as "labels" or "label" of a dict, or last in a dataset's tuples.
     optimizer : torch.optim.Optimizer
         Holds every trainable parameter of `model`: build it after freezing and unfreezing.
     epochs : int
         Passes over the rows.
     batch_size : int, optional
-        Rows per step; None takes all of them in one step.
+        Rows per step; None takes all of them in one step, and a loader's batches as they come.
     generator : torch.Generator, optional
         Of the batch order; None is a new one with seed 0.
     loss : callable, default=cross_entropy
         ``loss(model, x, y)``, the scalar to minimise, a mean over rows.
-    validation : tuple of (X, y), optional
+    validation : tuple of (X, y), or Dataset or DataLoader, optional
         Scored after each epoch, in eval mode.
     patience : int, optional
         Stop after this many epochs without a lower validation loss and return to the weights of
@@ -116,53 +122,110 @@ def train(
     FloatingPointError
         If the loss is not finite; the message names the step.
     """
-    (X, y), validation = _prepared(model, (X, y), validation, loss, device)
-    batch_size = len(X) if batch_size is None else batch_size
-    steps = _check_settings(X, epochs, batch_size, validation, patience, clip_norm, warmup_steps)
+    rows = _rows(model, X, y, batch_size, loss, device)
+    validation = _prepared_validation(model, validation, loss, device)
+    steps = _check_settings(rows, epochs, validation, patience, clip_norm, warmup_steps)
     check_optimizer(model, optimizer)
     generator = generator or torch.Generator().manual_seed(0)
     history, step, stopping = {"loss": []}, 0, _Stopping(model, patience)
     with _training(model, optimizer) as rates:
         for epoch in range(epochs):
-            total = 0.0
-            for rows in _batches(X, batch_size, generator):
+            total = seen = 0
+            for x, target in rows.batches(generator):
                 _set_rates(optimizer, rates, _rate_factor(step, steps, warmup_steps, cosine))
                 optimizer.zero_grad()
-                with nullcontext() if step else _first_step(model, len(X), batch_size):
+                with nullcontext() if step else _first_step(model, rows):
                     when = f"at step {step + 1} of {steps} (epoch {epoch + 1})"
-                    value = _gradients(model, X[rows], y[rows], loss, clip_norm, when)
+                    value = _gradients(model, x, target, loss, clip_norm, when)
                 optimizer.step()
-                total += value * len(y[rows])
+                total, seen = total + value * len(target), seen + len(target)
                 step += 1
-            history["loss"].append(total / len(X))
+            history["loss"].append(total / seen)
             if validation and stopping.due(history, _validation(model, loss, *validation)):
                 break
         stopping.restore()
     return history
 
 
-def _prepared(model, rows, validation, loss, device):
-    """Return both sets of rows checked, on the model's device and in its dtype."""
-    like, own, found = _place(model, device), loss is not cross_entropy, []
-    for name, given in {"training data": rows, "validation data": validation}.items():
-        if given is None:
-            found.append(None)
-            continue
-        X, y = check_rows(*given, classes=not own, name=name)
-        if not own:
-            C = _n_classes(predict(model, X[:2]), name)
-            check_classes(y, len(X), n_classes=C, name=name)
-        found.append((_fit(X, like), _fit(y, like)))
-    if own and validation is not None:  # a loss that cannot score these rows fails here
-        _validation(model, loss, *found[1])
-    return found
+class _InMemory:
+    """Rows in memory, in a new order each epoch."""
+
+    def __init__(self, X, y, batch_size):
+        check_whole(1, batch_size=batch_size)
+        self.X, self.y, self.n = X, y, len(y)
+        self.batch_size = self.n if batch_size is None else int(batch_size)
+        self.steps = math.ceil(self.n / self.batch_size)
+
+    def batches(self, generator):
+        if self.batch_size >= self.n:  # one batch has no order: no random number is drawn
+            orders = [slice(None)]
+        else:
+            order = torch.randperm(self.n, generator=generator)
+            orders = order.to(self.y.device).split(self.batch_size)
+        for rows in orders:
+            yield _take(self.X, rows), self.y[rows]
 
 
-def _check_settings(X, epochs, batch_size, validation, patience, clip_norm, warmup_steps):
+class _Loaded:
+    """A loader's batches, each checked when it comes."""
+
+    def __init__(self, loader, prepare):
+        self.loader, self.prepare, self.classes = loader, prepare, None
+        try:
+            self.steps = len(loader)
+        except TypeError:
+            raise ValueError("the DataLoader has no length: give its dataset one") from None
+        self.batch_size = loader.batch_size or 2  # a sampler of one's own makes batches of any size
+        whole = loader.drop_last or loader.batch_size is None
+        self.n = self.steps * self.batch_size if whole else len(loader.dataset)
+
+    def batches(self, generator):
+        for batch in self.loader:
+            X, y, self.classes = self.prepare(*_unpacked(batch), classes=self.classes)
+            yield X, y
+
+
+def _rows(model, X, y, batch_size, loss, device):
+    """Return training rows, which are checked, on the model's device and in its dtype."""
+    like = _place(model, device)
+    if isinstance(X, DataLoader):
+        if y is not None or batch_size is not None:
+            raise ValueError("a DataLoader has labels and a batch size: leave y and batch_size out")
+        return _Loaded(X, partial(_prepared, model, loss=loss, like=like, name="training batch"))
+    X, y, _ = _prepared(model, X, y, loss, like, "training data")
+    return _InMemory(X, y, batch_size)
+
+
+def _prepared(model, X, y, loss, like, name, classes=None):
+    """Return checked rows on the model's device and in its dtype, and its number of classes."""
+    own = loss is not cross_entropy
+    X, y = _checked(model, *_labelled(X, y, name=name), classes=not own, name=name)
+    if not own:
+        classes = classes or _n_classes(predict(model, _take(X, slice(2))), name)
+        check_classes(y, len(y), n_classes=classes, name=name)
+    return _fit(X, like), _fit(y, like), classes
+
+
+def _prepared_validation(model, rows, loss, device):
+    """Return validation rows checked, or a loader of them, which a loss of one's own can score."""
+    if rows is None:
+        return None
+    X, y = rows if isinstance(rows, tuple) else (rows, None)
+    if isinstance(X, DataLoader):
+        if loss is not cross_entropy:
+            raise ValueError("validation rows of a loss of your own must be in memory")
+        return X, y
+    X, y, _ = _prepared(model, X, y, loss, _place(model, device), "validation data")
+    if loss is not cross_entropy:  # a loss that cannot score these rows fails here
+        _validation(model, loss, X, y)
+    return X, y
+
+
+def _check_settings(rows, epochs, validation, patience, clip_norm, warmup_steps):
     """Refuse settings that cannot work; return the number of steps."""
-    check_whole(1, epochs=epochs, batch_size=batch_size, patience=patience)
+    check_whole(1, epochs=epochs, patience=patience)
     check_whole(0, warmup_steps=warmup_steps)
-    steps = epochs * math.ceil(len(X) / batch_size)
+    steps = epochs * rows.steps
     if warmup_steps >= steps:
         raise ValueError(f"warmup_steps={warmup_steps} must be below {steps}, the number of steps")
     if clip_norm is not None and not clip_norm > 0:  # NaN is not
@@ -172,13 +235,6 @@ def _check_settings(X, epochs, batch_size, validation, patience, clip_norm, warm
     if not torch.is_grad_enabled():
         raise ValueError("gradients are off: train outside of torch.no_grad and inference_mode")
     return steps
-
-
-def _batches(X, batch_size, generator):
-    """Return the rows of each batch, in a new order each time."""
-    if batch_size >= len(X):  # one batch has no order: no random number is drawn
-        return [slice(None)]
-    return torch.randperm(len(X), generator=generator).to(X.device).split(int(batch_size))
 
 
 def _gradients(model, x, y, loss, clip_norm, when):
@@ -200,67 +256,17 @@ def _gradients(model, x, y, loss, clip_norm, when):
     return number
 
 
-@contextmanager
-def _first_step(model, n, batch_size):
-    """Refuse what a first pass shows to be untrainable, with the model's statistics put back."""
-    buffers = [(b, b.clone()) for b in model.buffers() if b.is_floating_point() or b.ndim == 0]
-    hooks = _batch_norm_hooks(model, n, batch_size)
-    model.zero_grad()  # some optimizers fill gradients with 0 where none must be
-    try:
-        yield
-        _check_reached(model)
-    except BaseException:
-        for buffer, before in buffers:
-            buffer.copy_(before)
-        raise
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _check_reached(model):
-    names = [k for k, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    if names:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise ValueError(
-            f"no gradient reaches {', '.join(map(repr, names[:3]))}{more}: freeze what the loss"
-            " does not use, or have the model call these layers, not read their weights (under"
-            " gradient checkpointing set use_reentrant=False)"
-        )
-
-
-def _batch_norm_hooks(model, n, batch_size):
-    """Look at what batch norm reads, if one row will be a batch: one value has no variance."""
-    first = min(batch_size, n)
-    if (n % batch_size or first) > 1:
-        return []
-    works = [b for b in range(2, n + 1) if b > batch_size and n % b != 1]
-    cure = f"batch_size={works[0]} works" if works else "it takes two rows"
-    names = {m: name for name, m in model.named_modules() if isinstance(m, BATCH_NORM)}
-
-    def _look(module, args):
-        x = args[0]  # (B, C, ...)
-        if x.numel() <= first * x.shape[1]:
-            more = "" if module.running_mean is None else ", or freeze the layer"
-            raise ValueError(
-                f"batch_size={batch_size} makes a batch of one row of {n}, which batch norm"
-                f" {names[module]!r} cannot standardise: {cure}{more}"
-            )
-
-    active = [m for m in names if m.training or m.running_mean is None]
-    return [m.register_forward_pre_hook(_look) for m in active]
-
-
 @torch.no_grad()
-def _validation(model, loss, X, y, batch_size=1024):
+def _validation(model, loss, X, y, batch_size=256):
     """Score validation rows: their mean loss and, if it is cross-entropy, their accuracy."""
     if loss is cross_entropy:
         score = evaluate(model, X, y)
         return {"validation_loss": score.loss, "validation_accuracy": score.accuracy}
     with _kept_modes(model):
         model.eval()
-        batches = zip(X.split(batch_size), y.split(batch_size), strict=True)
-        mean = sum(float(loss(model, x, t)) * len(x) for x, t in batches) / len(X)
+        parts = torch.arange(len(y), device=y.device).split(batch_size)
+        losses = [float(loss(model, _take(X, part), y[part])) * len(part) for part in parts]
+        mean = sum(losses) / len(y)
     if not math.isfinite(mean):
         raise FloatingPointError(f"the loss of the validation rows is {mean}")
     return {"validation_loss": mean}

@@ -7,8 +7,20 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
-from helpers.data import as_rows, check_classes, check_rows, check_whole
+from helpers.data import as_rows, check_classes, check_whole
+from helpers.training.batches import (
+    _apply,
+    _by_length,
+    _call,
+    _checked,
+    _inputs,
+    _labelled,
+    _n_rows,
+    _take,
+    _unpacked,
+)  # fmt: skip
 
 
 class Score(NamedTuple):
@@ -36,18 +48,21 @@ class Score(NamedTuple):
         return self.correct / self.n
 
 
-@torch.no_grad()
-def predict(model, X, *, batch_size=1024, device="auto"):
+def predict(model, X, *, batch_size=256, device="auto"):
     """Return the logits of the rows of X, in eval mode and without gradients.
+
+    Rows of tokens go through the model in order of their lengths, each batch cut to its longest
+    row; what comes back is in the order of X.
 
     Parameters
     ----------
     model : nn.Module
         Returns logits, or as the models of transformers do an object that has them.
-    X : array of shape (n, ...)
+    X : array of shape (n, ...), dict or tuple of Tensor, Dataset or DataLoader
         At least one row: no model need say of what shape nothing is. Floating numbers are cast to
-        the model's dtype.
-    batch_size : int, default=1024
+        the model's dtype. A tuple's or a dict's tensors are a model's several inputs; labels in a
+        dataset or loader, as `train` takes them, are not read.
+    batch_size : int, default=256
         Rows per forward pass, which bounds the memory needed; None takes all of them in one.
     device : str or torch.device, default="auto"
         As in `train`.
@@ -61,25 +76,21 @@ def predict(model, X, *, batch_size=1024, device="auto"):
     ValueError
         If there are no rows, or a value is infinite in the model's dtype.
     """
-    like, X = _place(model, device), as_rows(X)
-    check_whole(1, batch_size=batch_size)
-    with _kept_modes(model):
-        model.eval()
-        batches = X.split(int(batch_size or len(X)))
-        return torch.cat([_logits(model, _fit(x, like)) for x in batches])
+    logits, _ = _scored(model, X, None, batch_size, device)
+    return logits
 
 
-def evaluate(model, X, y, *, batch_size=1024, device="auto"):
+def evaluate(model, X, y=None, *, batch_size=256, device="auto"):
     """Count correct rows and average the cross-entropy, both as sums over examples.
 
     Parameters
     ----------
     model : nn.Module
-    X : array of shape (n, ...)
-        Floating numbers, cast to the model's dtype.
-    y : array of shape (n,)
-        Class indices, of any integer dtype.
-    batch_size : int, default=1024
+    X : array of shape (n, ...), dict or tuple of Tensor, Dataset or DataLoader
+        As in `predict`.
+    y : array of shape (n,), optional
+        Class indices, of any integer dtype; None where X holds them, as in `train`.
+    batch_size : int, default=256
         Rows per forward pass; it does not change the result.
     device : str or torch.device, default="auto"
         As in `train`.
@@ -95,8 +106,44 @@ def evaluate(model, X, y, *, batch_size=1024, device="auto"):
     FloatingPointError
         If the loss is not finite.
     """
-    X, y = check_rows(X, y, name="evaluation data")
-    return score(predict(model, X, batch_size=batch_size, device=device), y, name="evaluation data")
+    name = "evaluation data"
+    logits, y = _scored(model, X, y, batch_size, device, name=name)
+    return score(logits, y, name=name)
+
+
+def _scored(model, X, y, batch_size, device, *, name=None):
+    """Return logits and labels of all rows; with a name, labels must be there and are checked."""
+    if isinstance(X, DataLoader):
+        parts = [_scored(model, *_unpacked(b), batch_size, device, name=name) for b in X]
+        if not parts or y is not None:
+            raise ValueError("the DataLoader has no batches" if not parts else "y and a DataLoader")
+        logits, labels = zip(*parts, strict=True)
+        return torch.cat(logits), torch.cat(labels) if name else None
+    X, y = _labelled(X, y, name=name or "X")
+    if name:
+        X, y = _checked(model, X, y, name=name)
+    return _by_batch(lambda x: _logits(model, x), model, X, batch_size, device), y
+
+
+@torch.no_grad()
+def _by_batch(f, model, X, batch_size, device):
+    """Return f of all rows of X, batch by batch, the model in eval mode; in the order of X."""
+    like, X = _place(model, device), _inputs(X)
+    if hasattr(X, "check"):
+        X.check(model)
+    check_whole(1, batch_size=batch_size)
+    n = _n_rows(X)
+    order = _by_length(X)
+    rows = torch.arange(n) if order is None else order
+    with _kept_modes(model):
+        model.eval()
+        parts = rows.split(int(batch_size or n))
+        found = [f(_fit(_take(X, part), like)) for part in parts]
+    if found[0].ndim == 3:  # as many tokens as the longest row has
+        T = max(part.shape[1] for part in found)
+        found = [F.pad(part, (0, 0, 0, T - part.shape[1])) for part in found]
+    found = torch.cat(found)
+    return found if order is None else found[order.argsort()]
 
 
 def score(logits, y, *, name="scored rows"):
@@ -137,7 +184,7 @@ def score(logits, y, *, name="scored rows"):
     )
 
 
-def extract_features(model, X, *, batch_size=1024, device="auto"):
+def extract_features(model, X, *, head="head", batch_size=256, device="auto"):
     """Return what `model.head` reads, computed once: the features of a frozen backbone.
 
     ``train(model.head, extract_features(model, X), y, ...)`` gives the head that training it
@@ -147,10 +194,12 @@ def extract_features(model, X, *, batch_size=1024, device="auto"):
     Parameters
     ----------
     model : nn.Module
-        Has a ``head``; all its other parameters are frozen.
-    X : array of shape (n, ...)
+        All but its head is frozen.
+    X : array of shape (n, ...), dict or tuple of Tensor, Dataset or DataLoader
         As in `predict`.
-    batch_size : int, default=1024
+    head : str, default="head"
+        What the model calls its head.
+    batch_size : int, default=256
         Rows per forward pass.
     device : str or torch.device, default="auto"
         As in `train`.
@@ -165,26 +214,34 @@ def extract_features(model, X, *, batch_size=1024, device="auto"):
         If a parameter below the head is trainable (its features would go stale), or the model
         does not call its head once with a row for each row of X.
     """
-    heads = {id(p) for p in model.head.parameters()}
+    module = model.get_submodule(head)
+    heads = {id(p) for p in module.parameters()}
     for name, p in model.named_parameters():
         if p.requires_grad and id(p) not in heads:
             raise ValueError(f"{name!r} is trainable, so its features go stale: freeze it first")
     seen = []
-    hook = model.head.register_forward_pre_hook(lambda head, args: seen.append(args[0]))
+    hook = module.register_forward_pre_hook(lambda head, args: seen.append(args[0]))
+
+    def _read(x):
+        seen.clear()
+        _call(model, x)
+        if (read := sum(map(len, seen))) != _n_rows(x):
+            told = f"the head was called with {read} rows for {_n_rows(x)} of X"
+            raise ValueError(f"{told}: expected as many")
+        return torch.cat(seen)
+
     try:
-        predict(model, X, batch_size=batch_size, device=device)
+        if isinstance(X, DataLoader):
+            parts = [_by_batch(_read, model, _unpacked(b)[0], batch_size, device) for b in X]
+            return torch.cat(parts)
+        return _by_batch(_read, model, _labelled(X, None)[0], batch_size, device)
     finally:
         hook.remove()
-    if (read := sum(map(len, seen))) != len(X):
-        raise ValueError(
-            f"the head was called with {read} rows for {len(X)} of X: expected as many"
-        )
-    return torch.cat(seen)
 
 
 def _logits(model, x):
     """Return what a model answers: its output or, of a transformers' output, the logits in it."""
-    output = model(x)
+    output = _call(model, x)
     logits = getattr(output, "logits", output)
     if not isinstance(logits, torch.Tensor):
         kinds = f"a {type(model).__name__} returns a {type(output).__name__}"
@@ -218,6 +275,10 @@ def _place(model, device):
 
 def _fit(rows, like):
     """Return rows on the device of `like`, floating numbers in its dtype."""
+    return _apply(lambda x: _cast(x, like), rows)
+
+
+def _cast(rows, like):
     rows = rows.to(like.device)
     if not rows.is_floating_point() or rows.dtype == like.dtype:
         return rows
