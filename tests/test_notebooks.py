@@ -265,13 +265,13 @@ CLAIMS = [  # cell of the prose, cell of the output it rests on, what must stand
     (
         "corrections-note",
         "corrections",
-        r"minus feature extraction .* no significant difference",
+        r"minus feature extraction .* not told apart",
         1,
     ),
     ("corrections-note", "corrections", r"on other rows .* worse$", 1),
     ("corrections-note", "corrections", r"from the trained head .* better$", 1),
     ("corrections-note", "corrections", r"minus no adaptation .* worse on average", 1),
-    ("corrections-note", "corrections", r"scaler .* no significant difference", 1),
+    ("corrections-note", "corrections", r"scaler .* not told apart", 1),
     (
         "forgetting-note",
         "forgetting",
@@ -302,7 +302,7 @@ CLAIMS = [  # cell of the prose, cell of the output it rests on, what must stand
         3,
     ),
     ("domain-note", "domain-verdict", r"^(noisy|turned|label) .* oracle: .* worse", 3),
-    ("domain-note", "domain-verdict", r"^(none|low|concept) .* no significant difference", 3),
+    ("domain-note", "domain-verdict", r"^(none|low|concept) .* not told apart", 3),
 ]
 
 
@@ -327,7 +327,7 @@ CLAIMS2 = [
     ("far-look", "far-table", r"^\| (LoRA|DoRA)( on q, v)? \|.*-[2-5]\.\d [^|]*▼", 3),
     ("far-look", "far-table", r"^\| (BitFit|\(IA\)3|adapters, H\w+) \|.* -(8|9|1\d)\.\d [^|]*▼", 3),
     ("far-look", "far-table", r"^\| (linear|LP)[^|]*\|.*-\d+\.\d [^|]*▼", 2),
-    ("lens-look", "lens-compare", r"no significant difference", 8),
+    ("lens-look", "lens-compare", r"not told apart", 8),
     ("lens-look", "lens-compare", r"^(LoRA 16, 16|LoRA 4, 4|rsLoRA 16, 4 +minus rs).*\[\+", 3),
     ("spectrum-look", "spectrum", r"^\| full fine-tuning \| (69|70|71)\.\d", 1),
     ("spectrum-look", "spectrum", r"^(LoRA|DoRA)/intruders .*▲$", 2),
@@ -379,7 +379,7 @@ CLAIMS3 = [
     ("mixed-note", "mixed-memory", r"adds 2\d % of a model$", 1),
     ("mixed-note", "paper-counts", r"^\| Llama-2 7B .*\| 0\.(062|593) \|", 2),
     ("negate-look", "negate-run", r"^\| (0\.5 \| 1|1 \| 1)\.\d .*\| (89|71)\.\d", 2),
-    ("qlora-look", "qlora", r"no significant difference", 3),
+    ("qlora-look", "qlora", r"not told apart", 3),
     ("qlora-look", "quantized", r"^Error of NF4 minus that of int4: \+", 1),
     ("qlora-look", "quantized", r"trained weights: 2\.[0-3]; normal ones have 3, uniform", 1),
     ("s34", "nf4", r"^normal  nf4 .* 1\.8 to 9\.3 %", 1),

@@ -327,7 +327,7 @@ def test_a_planted_effect_is_found_at_the_power_that_is_claimed(monkeypatch):
     assert 0.7 <= np.mean(found) <= 0.9
     assert compare(draws(30, 2.0), np.zeros(30)).verdict == "better"
     assert compare(np.zeros(30), draws(30, 2.0)).verdict == "worse"
-    assert compare(draws(30), draws(30)).verdict == "no significant difference at 30 seeds"
+    assert compare(draws(30), draws(30)).verdict == "not told apart at 30 seeds"
 
 
 def test_among_several_comparisons_less_can_be_seen_and_too_few_seeds_see_nothing(monkeypatch):
@@ -372,8 +372,8 @@ def test_wins_count_ties_half():
     [
         (0.75, 0.1, 0.01, "better"),
         (0.74, 0.1, 0.01, "better on average, P = 0.74"),
-        (0.9, 0.1, 0.05, "no significant difference at 9 seeds"),
-        (0.9, -0.1, 0.01, "no significant difference at 9 seeds"),
+        (0.9, 0.1, 0.05, "not told apart at 9 seeds"),
+        (0.9, -0.1, 0.01, "not told apart at 9 seeds"),
     ],
 )
 def test_a_verdict_needs_interval_test_and_wins(wins, low, p, verdict):

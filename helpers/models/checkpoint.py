@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -107,10 +108,11 @@ class Tokenizer:
         ValueError
             If there are no texts, or what is given is not a list of them.
         """
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        other = next((t for t in texts if not isinstance(t, str)), None)
-        if not texts or other is not None:
-            raise ValueError(f"expected texts, one or more, got {texts and type(other).__name__}")
+        alone = isinstance(texts, str) or not isinstance(texts, Iterable)
+        texts = [texts] if alone else list(texts)
+        kinds = [type(text).__name__ for text in texts if not isinstance(text, str)]
+        if not texts or kinds:
+            raise ValueError(f"expected texts, one or more, got {(kinds or [texts])[0]}")
         found = self._tokenizer.encode_batch(texts)
         ids, mask = [e.ids for e in found], [e.attention_mask for e in found]
         return {"ids": torch.tensor(ids), "mask": torch.tensor(mask)}
@@ -136,7 +138,7 @@ def read_bert(folder):
     """
     paths = [_file(folder, name) for name in ("config.json", "model.safetensors")]
     try:
-        config, tensors = json.loads(paths[0].read_text("utf-8")), load_file(paths[1])
+        config, tensors = dict(json.loads(paths[0].read_text("utf-8"))), load_file(paths[1])
     except Exception as error:  # there is no telling in which way a damaged file fails
         raise ValueError(f"{folder} is no checkpoint, or a damaged one: {error}") from None
     state = dict(map(_renamed, tensors.items()))

@@ -36,7 +36,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(d, d)
         self.out_proj = nn.Linear(d, d)
 
-    def forward(self, x, mask=None, prefix=None):
+    def forward(self, x, prefix=None, mask=None):
         q, k, v = (
             project(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, H, T, d/H)
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -90,7 +90,7 @@ class EncoderBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, mask=None):
-        x = self.norm1(x + self.dropout(self.attention(x, mask)))
+        x = self.norm1(x + self.dropout(self.attention(x, mask=mask)))
         return self.norm2(x + self.dropout(self.feed_forward(x)))
 
 
@@ -116,12 +116,13 @@ class TokenEmbedding(nn.Module):
 
     def forward(self, ids):
         T, most = ids.shape[1], self.position.num_embeddings
-        if T > most:
+        if most < T:
             raise ValueError(f"rows of {T} tokens, at most {most} have a position: cut them")
         try:
             token = self.token(ids)  # (B, T, d)
         except IndexError:
-            told = f"token {int(ids.max())} of {self.token.num_embeddings}"
+            n = self.token.num_embeddings
+            told = f"token {int(ids[(ids < 0) | (ids >= n)][0])} of {n}"
             raise ValueError(f"{told}: another model's tokenizer made these ids") from None
         return self.dropout(self.norm(token + self.position.weight[:T] + self.segment.weight[0]))
 

@@ -4,6 +4,8 @@ import copy
 
 from torch import nn
 
+from helpers.models.encoder import Encoder
+
 
 def stages(model):
     """Return the parts of `model` that freezing goes by, bottom to top.
@@ -11,8 +13,9 @@ def stages(model):
     Parameters
     ----------
     model : nn.Module
-        An `MLP`, a `TinyTransformer`, or any model of whose direct children (a `Sequential` or
-        `ModuleList` child counts as its own children) each is used once, in order of definition.
+        An `MLP`, an `Encoder`, a `TextClassifier`, or any model of whose direct children (a
+        `Sequential`, `ModuleList` or `Encoder` child counts as its own children) each is used once,
+        in order of definition.
 
     Returns
     -------
@@ -28,8 +31,12 @@ def stages(model):
         raise ValueError(f"{name!r} belongs to no stage: move it into a child module")
     parts = {}
     for name, child in model.named_children():
-        inner = isinstance(child, nn.Sequential | nn.ModuleList)
-        parts |= {f"{name}.{k}": m for k, m in child.named_children()} if inner else {name: child}
+        if isinstance(child, Encoder):
+            parts |= {f"{name}.{k}": m for k, m in stages(child).items()}
+        elif isinstance(child, nn.Sequential | nn.ModuleList):
+            parts |= {f"{name}.{k}": m for k, m in child.named_children()}
+        else:
+            parts[name] = child
     return {name: part for name, part in parts.items() if any(True for _ in part.parameters())}
 
 

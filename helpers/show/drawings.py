@@ -73,7 +73,8 @@ def plot_frozen(ax, models):
             )
             text = dict(ha="center", va="center", fontsize=9)
             box = dict(facecolor="white", edgecolor="none", pad=1.2, alpha=0.85)
-            ax.text(column + 0.47, row, f"{name}\n{n:,}", bbox=box, **text)
+            label = f"{name.removeprefix('encoder.')}\n{n:,}"
+            ax.text(column + 0.47, row, label, bbox=box, **text)
     ax.set(yticks=range(len(models)), xticks=[], xlabel="input side  →  output side")
     ax.set_yticklabels(models)
     ax.invert_yaxis()

@@ -10,6 +10,17 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 MARKERS = "osD^vPX*"
 
+LOOKS = {  # the colour and marker of a technique, the same in all parts
+    "linear probing": 0,
+    "full fine-tuning": 1,
+    "LP-FT": 2,
+    "from scratch": 3,
+    "top two blocks": 4,
+    "top three blocks": 4,
+    "LoRA": 5,
+    "zero labels": 6,
+}
+
 HATCHES = ["", "///", "...", "xxx", "---", "+++", "ooo", "|||"]
 
 STYLE = {
@@ -25,7 +36,24 @@ STYLE = {
 }
 
 
-def plot_classes(ax, points, y, *, filled=True, label="class"):
+def look(name, i):
+    """Return colour and marker of a technique, or the `i`-th of others.
+
+    Parameters
+    ----------
+    name : str
+        A technique, perhaps with a comma and a setting after it.
+    i : int
+
+    Returns
+    -------
+    dict of str to str
+    """
+    i = LOOKS.get(name.split(",")[0], i % len(COLOURS))
+    return {"color": COLOURS[i], "marker": MARKERS[i]}
+
+
+def plot_classes(ax, points, y, *, names=None, filled=True):
     """Scatter rows in a plane, one colour and marker for each class.
 
     Parameters
@@ -34,10 +62,10 @@ def plot_classes(ax, points, y, *, filled=True, label="class"):
     points : array of shape (n, 2)
     y : array of shape (n,)
         Labels 0..C-1, at most 8 classes.
+    names : sequence of str, optional
+        What the classes are called; None is "class 0" and so on.
     filled : bool, default=True
         Hollow markers tell a second domain from the first in the same Axes.
-    label : str, default="class"
-        Legend text, followed by the class number.
     """
     for c in sorted(set(y.tolist())):
         ax.scatter(
@@ -47,7 +75,7 @@ def plot_classes(ax, points, y, *, filled=True, label="class"):
             facecolor=COLOURS[c] if filled else "none",
             edgecolor=COLOURS[c],
             linewidth=0.9,
-            label=f"{label} {c}",
+            label=names[c] if names else f"class {c}",
         )
     ax.set(xlabel="first principal component", ylabel="second principal component")
 
@@ -98,7 +126,7 @@ def plot_seeds(ax, results, *, marks=None):
 
 
 def plot_bands(ax, x, curves):
-    """Draw mean against x with its 95 % interval as a band, one curve for each method.
+    """Draw mean against x with its 95 % interval as a band, one curve for each technique.
 
     Parameters
     ----------
@@ -106,35 +134,41 @@ def plot_bands(ax, x, curves):
     x : sequence of float
         Drawn on a logarithmic axis.
     curves : dict of str to list of Summary
-        One summary for each entry of `x`.
+        One summary for each entry of `x`, or None where there is none; a single one has arms in
+        place of a band.
     """
-    for (name, curve), colour, marker in zip(curves.items(), COLOURS, MARKERS, strict=False):
-        ax.fill_between(x, [s.low for s in curve], [s.high for s in curve], color=colour, alpha=0.2)
-        line = dict(color=colour, marker=marker, markersize=5, linewidth=1.6)
-        ax.plot(x, [s.mean for s in curve], label=name, **line)
-    ax.set(xscale="log", xticks=x, xticklabels=x)
+    for i, (name, curve) in enumerate(curves.items()):
+        style = look(name, i) | dict(markersize=5, linewidth=1.6)
+        at = [(v, s) for v, s in zip(x, curve, strict=True) if s is not None]
+        means, low, high = ([getattr(s, k) for _, s in at] for k in ("mean", "low", "high"))
+        at = [v for v, _ in at]
+        if len(at) > 1:
+            ax.fill_between(at, low, high, color=style["color"], alpha=0.2, linewidth=0)
+        else:
+            ax.vlines(at, low, high, color=style["color"], linewidth=1.6)
+        ax.plot(at, means, label=name, **style)
+    ax.set(xscale="log", xticks=x, xticklabels=[f"{v:g}" for v in x])
     ax.minorticks_off()
 
 
 def plot_tradeoff(ax, points):
-    """Draw two quantities against each other, with the 95 % interval of each; methods are lines.
+    """Draw two quantities against each other, with the 95 % interval of each; techniques are lines.
 
     Parameters
     ----------
     ax : Axes
     points : dict of str to list of tuple of (Summary, Summary)
-        For each method its settings, each with what goes on the x and on the y axis; the first
-        one's marker is hollow.
+        For each technique its settings, each with what goes on the x and on the y axis; the first
+        one's marker is hollow where there are several.
     """
-    for (name, pairs), colour, marker in zip(points.items(), COLOURS, MARKERS, strict=False):
-        style = dict(color=colour, marker=marker, markersize=6, linewidth=1)
+    for i, (name, pairs) in enumerate(points.items()):
+        style = look(name, i) | dict(markersize=6, linewidth=1)
         ax.plot([x.mean for x, _ in pairs], [y.mean for _, y in pairs], label=name, **style)
-        ax.plot(
-            pairs[0][0].mean, pairs[0][1].mean, **style | {"markerfacecolor": "white"}, zorder=4
-        )
+        hollow = {"markerfacecolor": "white"} if len(pairs) > 1 else {}
+        ax.plot(pairs[0][0].mean, pairs[0][1].mean, **style | hollow, zorder=4)
         for x, y in pairs:
             xerr, yerr = ([[v.mean - v.low], [v.high - v.mean]] for v in (x, y))
-            ax.errorbar(x.mean, y.mean, yerr, xerr, color=colour, linewidth=1)
+            ax.errorbar(x.mean, y.mean, yerr, xerr, color=style["color"], linewidth=1)
 
 
 def plot_grid(ax, values, rows, columns, *, xlabel, ylabel, limits=(None, None)):

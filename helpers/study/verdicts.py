@@ -82,13 +82,13 @@ class Comparison(NamedTuple):
         the last it is so "on average" only.
         """
         if not self.sign:
-            return f"no significant difference at {self.n} seeds"
+            return f"not told apart at {self.n} seeds"
         word, wins = ("better", self.wins) if self.sign == "▲" else ("worse", 1 - self.wins)
         return word if wins >= 0.75 else f"{word} on average, P = {_even(wins):.2f}"
 
     @property
     def sign(self):
-        """Return "▲" (a is better), "▼" (worse) or "" (no significant difference), for tables."""
+        """Return "▲" (a is better), "▼" (worse) or "" (not told apart), for tables."""
         if self.low <= 0 <= self.high or self.p >= 0.05:
             return ""
         return "▲" if self.difference > 0 else "▼"

@@ -125,7 +125,14 @@ def _stacked(dataset):
     if not isinstance(dataset, Sized) or len(dataset) == 0:
         raise ValueError(f"the {kind} has no length or no rows: give a DataLoader, or rows")
     try:
-        return default_collate([dataset[i] for i in range(len(dataset))])
-    except (RuntimeError, TypeError) as error:
+        return default_collate([_as_tensors(dataset[i]) for i in range(len(dataset))])
+    except (RuntimeError, TypeError, ValueError) as error:
         told = f"the rows of the {kind} do not stack ({str(error).splitlines()[0]})"
         raise ValueError(f"{told}: give a DataLoader with a collate_fn that pads") from None
+
+
+def _as_tensors(row):
+    """Return a row with a tensor for each list, which would be stacked column by column."""
+    if isinstance(row, Mapping):
+        return {key: torch.as_tensor(x) for key, x in row.items()}
+    return tuple(map(torch.as_tensor, row)) if isinstance(row, tuple) else row

@@ -212,8 +212,9 @@ def _prepared_validation(model, rows, loss, device):
         return None
     X, y = rows if isinstance(rows, tuple) else (rows, None)
     if isinstance(X, DataLoader):
-        if loss is not cross_entropy:
-            raise ValueError("validation rows of a loss of your own must be in memory")
+        if loss is not cross_entropy or y is not None:
+            cure = "give rows for a loss of your own" if y is None else "leave y out"
+            raise ValueError(f"the validation DataLoader has labels for evaluate: {cure}")
         return X, y
     X, y, _ = _prepared(model, X, y, loss, _place(model, device), "validation data")
     if loss is not cross_entropy:  # a loss that cannot score these rows fails here

@@ -1,13 +1,14 @@
 """The frozen bottom of an encoder, computed once: every step and score goes on from there."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
+from helpers.data import check_whole
 from helpers.models import Encoder
 from helpers.training.batches import _labelled
 from helpers.training.scoring import _by_batch
-
-CURE = "call cache_prefix again"
 
 
 class CachedRows(dict):
@@ -54,16 +55,12 @@ class CachedRows(dict):
         ValueError
             Naming what is trainable, differs, or drops out.
         """
-        bottom = _bottom(model, self.first)
-        for name, p in bottom.named_parameters():
-            if p.requires_grad:
-                raise ValueError(f"{name!r} is trainable, yet cached rows skip it: {CURE}")
-        found = _stamp(bottom)
+        found = _stamp(_bottom(model, self.first)[1])
         if found != self.stamp:
             names = sorted(found.keys() ^ self.stamp.keys())
             names = names or [k for k in found if found[k] != self.stamp[k]]
             told = f"{names[0]!r} is not what it was when these rows were cached"
-            raise ValueError(f"{told}: {CURE}")
+            raise ValueError(f"{told}: call cache_prefix again")
 
 
 def cache_prefix(model, X, *, first=None, batch_size=256, device="auto"):
@@ -97,36 +94,45 @@ def cache_prefix(model, X, *, first=None, batch_size=256, device="auto"):
         If there is no such encoder, or what is below `first` is trainable or has dropout: its
         outputs would change from step to step.
     """
-    if first is None:
-        parts = _bottom(model, None)
-        trained = [any(p.requires_grad for p in part.parameters()) for part in parts]
-        first = max([*trained, True].index(True) - 1, 0)
-    bottom = _bottom(model, first)
-    for name, module in bottom.named_modules():
-        if any(p.requires_grad for p in module.parameters(recurse=False)):
-            raise ValueError(f"{name!r} is trainable, so its outputs go stale: freeze it first")
-        rate = module.p if isinstance(module, nn.Dropout) else getattr(module, "dropout", 0)
-        if isinstance(rate, float) and rate > 0:
-            raise ValueError(f"{name!r} drops out {rate:g} anew at each step: load it without")
+    first, bottom = _bottom(model, first)
     X, _ = _labelled(X, None)
+    if not isinstance(X, Mapping) or "ids" not in X:
+        raise ValueError(f'X is a {type(X).__name__}, expected a dict with "ids" and "mask"')
 
     def _run(batch):
-        h = bottom[0](batch["ids"])  # (B, T, d)
-        for block in bottom[1:]:
+        h = bottom["embed"](batch["ids"])  # (B, T, d)
+        for block in bottom["blocks"]:
             h = block(h, batch.get("mask"))
         return h
 
     hidden = _by_batch(_run, model, X, batch_size, device)
-    rows = {"hidden": hidden} | {key: torch.as_tensor(X[key]) for key in X if key == "mask"}
+    rows = {"hidden": hidden}
+    if "mask" in X:
+        rows["mask"] = torch.as_tensor(X["mask"])[:, : hidden.shape[1]].to(hidden.device)
     return CachedRows(rows, first, _stamp(bottom))
 
 
 def _bottom(model, first):
-    """Return the embedding and the blocks below `first`."""
+    """Return `first`, or the default, and what is below it: frozen, and without dropout."""
+    check_whole(0, first=first)
     encoder = getattr(model, "encoder", model)
     if not isinstance(encoder, Encoder):
         raise ValueError(f"a {type(model).__name__} has no helpers.models.Encoder to cache rows of")
-    return nn.ModuleList([encoder.embed, *encoder.blocks[:first]])
+    if first is None:
+        parts = (encoder.embed, *encoder.blocks)
+        trained = [any(p.requires_grad for p in part.parameters()) for part in parts]
+        first = max([*trained, True].index(True) - 1, 0)
+    bottom = nn.ModuleDict({"embed": encoder.embed, "blocks": encoder.blocks[:first]})
+    for name, p in bottom.named_parameters():
+        if p.requires_grad:
+            cure = "freeze it, or let cache_prefix go on at a lower block"
+            raise ValueError(f"{name!r} is trainable, so its outputs go stale: {cure}")
+    for name, module in bottom.named_modules():
+        rate = module.p if isinstance(module, nn.Dropout) else getattr(module, "dropout", 0)
+        if isinstance(rate, float) and rate > 0:
+            told = f"{name!r} drops out {rate:g} anew at each step"
+            raise ValueError(f"{told}, rows of cache_prefix do not: set it to 0")
+    return first, bottom
 
 
 def _stamp(bottom):

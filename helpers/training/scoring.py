@@ -114,9 +114,11 @@ def evaluate(model, X, y=None, *, batch_size=256, device="auto"):
 def _scored(model, X, y, batch_size, device, *, name=None):
     """Return logits and labels of all rows; with a name, labels must be there and are checked."""
     if isinstance(X, DataLoader):
+        if y is not None:
+            raise ValueError("a DataLoader has labels: leave y out")
         parts = [_scored(model, *_unpacked(b), batch_size, device, name=name) for b in X]
-        if not parts or y is not None:
-            raise ValueError("the DataLoader has no batches" if not parts else "y and a DataLoader")
+        if not parts:
+            raise ValueError("the DataLoader has no batches: expected one or more")
         logits, labels = zip(*parts, strict=True)
         return torch.cat(logits), torch.cat(labels) if name else None
     X, y = _labelled(X, y, name=name or "X")

@@ -2,6 +2,10 @@
 
 import copy
 
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import nn
 from torch.optim import Adam
 
 from helpers.models import stages, with_fresh_head
@@ -116,6 +120,49 @@ def linear_probe(model, X, y, *, epochs=200, lr=1e-2):
     return fit(model.head, extract_features(model, X), y, lr=lr, epochs=epochs)
 
 
+def logistic_head(features, y, *, C=1.0, weights=None):
+    """Return the linear layer that minimises ||W||^2 / 2 + C sum_i w_i CE_i, to the optimum.
+
+    Linear probing without a rate or a number of steps to choose, and the start of LP-FT: assign it
+    to a model's ``head``.
+
+    Parameters
+    ----------
+    features : Tensor of shape (n, d)
+        As `extract_features` returns them.
+    y : int64 Tensor of shape (n,)
+        Labels 0..C-1, each present.
+    C : float, default=1.0
+        Weight of the rows against the penalty.
+    weights : Tensor of shape (n,), optional
+        w; None is 1 for each row.
+
+    Returns
+    -------
+    nn.Linear
+        Of the dtype of `features`.
+
+    Raises
+    ------
+    ValueError
+        If a class has no row.
+    """
+    n_classes = int(y.max()) + 1
+    if missing := sorted(set(range(n_classes)) - set(y.tolist())):
+        raise ValueError(f"no row of class {missing[0]}: labels must be 0..{n_classes - 1}")
+    rows = features.detach().double().numpy()
+    fitted = LogisticRegression(C=C, solver="newton-cg", tol=1e-12, max_iter=1000)
+    fitted.fit(rows, y.numpy(), None if weights is None else weights.numpy())
+    W, b = fitted.coef_, fitted.intercept_
+    if n_classes == 2:  # scikit-learn's two classes share one row
+        W, b = np.concatenate([0 * W, W]), np.concatenate([0 * b, b])
+    head = nn.Linear(W.shape[1], n_classes, dtype=features.dtype)
+    with torch.no_grad():
+        head.weight.copy_(torch.as_tensor(W))
+        head.bias.copy_(torch.as_tensor(b))
+    return head
+
+
 def lp_ft(model, X, y, *, epochs=100, lr=1e-3, probe_epochs=200, probe_lr=1e-2):
     """Probe, then fine-tune: a fitted head no longer pulls the features out of shape.
 
@@ -144,7 +191,7 @@ def lp_ft(model, X, y, *, epochs=100, lr=1e-3, probe_epochs=200, probe_lr=1e-2):
     return fit(model, X, y, lr=lr, epochs=epochs)
 
 
-def gradual_unfreezing(model, X, y, *, epochs=100, lr=1e-3):
+def gradual_unfreezing(model, X, y, *, epochs=100, lr=1e-3, down_to=0, **options):
     """Train the head alone first, then unfreeze one more stage at a time, top to bottom.
 
     Parameters
@@ -158,15 +205,19 @@ def gradual_unfreezing(model, X, y, *, epochs=100, lr=1e-3):
     lr : float, default=1e-3
         Adam's learning rate. Each phase has a new optimizer: one built earlier would not know
         the stages that were frozen then.
+    down_to : int, default=0
+        The lowest of the model's `stages` that is trained in the end.
+    **options : object
+        Of `train`.
 
     References
     ----------
     Howard & Ruder (2018), section 3.3, arXiv:1801.06146.
     """
     parts = stages(model)
-    for n in reversed(range(len(parts))):
+    for n in reversed(range(down_to, len(parts))):
         freeze_to(parts, n)
-        fit(model, X, y, lr=lr, epochs=max(epochs // len(parts), 1))
+        fit(model, X, y, lr=lr, epochs=max(epochs // (len(parts) - down_to), 1), **options)
 
 
 def l2_sp(model, *, alpha, fresh="head"):
