@@ -1,4 +1,4 @@
-"""Part 1's studies on real texts: label curves, forgetting, a labelled neighbour domain."""
+"""Part 1's studies of training on real texts: what is known before, label curves, forgetting."""
 
 import copy
 from functools import cache
@@ -18,14 +18,25 @@ BUDGETS = (1, 4, 16, 50)  # labels of each topic
 # stays as it is, but from scratch
 FIRST = {"top two blocks": 4, "LP-FT, top two": 4, "full fine-tuning": 0, "from scratch": 0}
 
-RATES = {  # tried on validation rows; the head learns at 1e-3 or more
-    "top two blocks": (1e-4, 3e-4, 1e-3),
-    "LP-FT, top two": (1e-4, 3e-4, 1e-3),
-    "full fine-tuning": (1e-4, 3e-4, 1e-3),
+GRID = (3e-5, 1e-4, 3e-4, 1e-3)
+
+RATES = {  # tried on validation rows; the head learns at 1e-3 or more. Of linear probing: its C
+    "linear probing": (0.03, 0.1, 0.3, 1.0),
+    "top two blocks": GRID,
+    "LP-FT, top two": GRID,
+    "full fine-tuning": GRID,
     "from scratch": (1e-4, 1e-3),
 }
 
-REMEDIES = ("top three blocks", "LP-FT", "L2-SP", "gradual unfreezing", "full fine-tuning")
+PROBE_C = 0.3  # of the logistic head that LP-FT starts from
+
+FORGETTING_RATES = {  # of each way: a rate as chosen above, and one three times as large
+    "full fine-tuning": (1e-4, 3e-4),
+    "top three blocks": (3e-4, 1e-3),
+    "LP-FT": (3e-4,),
+    "L2-SP": (3e-4,),
+    "gradual unfreezing": (3e-4,),
+}
 
 
 @cache
@@ -53,20 +64,22 @@ def embed(texts, rows, *, folder=""):
     with reproducible(0):
         encoder, tokens, *_ = start(texts, folder)
         model = models.TextClassifier(encoder, 1)
-        training.freeze(model)
         return training.extract_features(model, some(tokens, rows))
 
 
-def name_head(texts, *, folder=""):
-    """Return the head whose rows are the topics' names, embedded: zero labels."""
+@cache
+def name_vectors(texts, folder=""):
+    """Return the features of the topics' names, in float64."""
     with reproducible(0):
         encoder, _, _, names = start(texts, folder)
-        model = models.TextClassifier(encoder, len(names))
-        training.freeze(model)
-        tokens = models.Tokenizer(folder or models.bundled())(names)
-        vectors = F.normalize(training.extract_features(model, tokens))
-        model.head.weight.copy_(vectors), model.head.bias.zero_()
-        return model.head
+        model = models.TextClassifier(encoder, 1)
+        return training.extract_features(model, models.Tokenizer(folder or models.bundled())(names))
+
+
+def zero_labels(texts, features, y, *, folder=""):
+    """Score the answer that each text has the topic whose name has the nearest embedding."""
+    names = F.normalize(name_vectors(texts, folder))
+    return training.score(F.normalize(features) @ names.T, y)
 
 
 def recall(queries, keys):
@@ -105,9 +118,10 @@ def label_curve(seed, *, texts, rates, budgets=BUDGETS, score_on="test", folder=
     """Train by each technique of `rates` on a few labelled texts of each topic.
 
     Technique and label budget are varied, smaller samples being parts of larger ones; `texts` and
-    each technique's rate, or several to try, are fixed; "from scratch" has the largest budget
-    alone. Rates are chosen on "validation" rows, `score_on`. Returns accuracies in percent,
-    "technique/budget", or "technique/budget, rate" where there are several, and "margin".
+    each technique's rate, or several to try, are fixed. "From scratch" has the largest budget
+    alone; LP-FT starts from a logistic head at `PROBE_C`. Rates are chosen on "validation" rows,
+    `score_on`. Returns accuracies in percent, "technique/budget", or "technique/budget, rate" where
+    there are several, and "margin".
     """
     with reproducible(seed):
         encoder, tokens, y, names = start(texts, folder)
@@ -116,21 +130,23 @@ def label_curve(seed, *, texts, rates, budgets=BUDGETS, score_on="test", folder=
         base = models.TextClassifier(encoder, len(names))
         held_low = training.cache_prefix(base, held, first=4)
         seen = training.extract_features(base, held_low)
-        zero = name_head(texts, folder=folder)(F.normalize(seen))
-        scores = {"zero labels/0": training.score(zero, labels)}
+        scores = {"zero labels/0": zero_labels(texts, seen, labels, folder=folder)}
         for k in budgets:
             X, t = some(tokens, rows["train"][:, :k]), y[rows["train"][:, :k].flatten()]
             low = training.cache_prefix(base, X, first=4)
-            probe = training.logistic_head(training.extract_features(base, low), t)
-            scores[f"linear probing/{k}"] = training.score(probe(seen), labels)
+            features = training.extract_features(base, low)
             for name in rates if k == max(budgets) else [n for n in rates if n != "from scratch"]:
-                on, score_rows = (low, held_low) if FIRST[name] == 4 else (X, held)
-                for lr, column in columns(f"{name}/{k}", rates[name]).items():
+                on, scored = (low, held_low) if FIRST.get(name) == 4 else (X, held)
+                for rate, column in columns(f"{name}/{k}", rates[name]).items():
+                    if name == "linear probing":
+                        head = training.logistic_head(features, t, C=rate)
+                        scores[column] = training.score(head(seen), labels)
+                        continue
                     model = copy.deepcopy(base)
                     if name.startswith("LP-FT"):
-                        model.head = copy.deepcopy(probe)
-                    tune(model, on, t, first=FIRST[name], lr=lr, fresh=name == "from scratch")
-                    scores[column] = training.evaluate(model, score_rows, labels)
+                        model.head = training.logistic_head(features, t, C=PROBE_C)
+                    tune(model, on, t, first=FIRST[name], lr=rate, fresh=name == "from scratch")
+                    scores[column] = training.evaluate(model, scored, labels)
     return percent(scores)
 
 
@@ -159,8 +175,8 @@ def pairs(folder=""):
 def forgetting(seed, *, rates, folder=""):
     """Tune on 16 headlines of each topic in several ways; can the encoder still find articles?
 
-    The way, one of `REMEDIES`, and its `rates` are varied; all but full fine-tuning train the top
-    three blocks. Returns, in percent, accuracy on held-out headlines ("way, rate/topics") and the
+    The way and its rate, of `rates`, are varied; all but full fine-tuning train the top three
+    blocks. Returns, in percent, accuracy on held-out headlines ("way, rate/topics") and the
     share of 150 headlines whose own article is the nearest one ("way, rate/retrieval"); "margin".
     """
     with reproducible(seed):
@@ -172,7 +188,7 @@ def forgetting(seed, *, rates, folder=""):
         (X, t), (held, labels) = ((some(tokens, r), y[r.flatten()]) for r in rows.values())
         base = models.TextClassifier(encoder, len(names))
         low, held_low = (training.cache_prefix(base, r, first=3) for r in (X, held))
-        probe = training.logistic_head(training.extract_features(base, low), t)
+        probe = training.logistic_head(training.extract_features(base, low), t, C=PROBE_C)
         found = [training.extract_features(base, r) for r in both_low]
         scores = {
             "linear probing/topics": training.evaluate(_with_head(base, probe), held_low, labels),
@@ -199,7 +215,7 @@ def _with_head(base, head):
 
 
 def _tuned(model, name, X, t, lr):
-    """Tune a model in one of the ways of `REMEDIES`."""
+    """Tune a model in one of the ways of `FORGETTING_RATES`."""
     if name == "gradual unfreezing":
         options = dict(batch_size=8, generator=torch.Generator().manual_seed(0))
         first = models.stages(model)
@@ -212,87 +228,26 @@ def _tuned(model, name, X, t, lr):
     tune(model, X, t, first=first, lr=lr, **loss)
 
 
-UNSUPERVISED = (
-    "source only", "target statistics", "CORAL", "importance weights", "label weights",
-    "self-training",
-)  # fmt: skip
+def costs(*, folder=""):
+    """Count a step on 8 headlines by each technique, in float32.
 
-
-def adaptation(seed, *, articles, headlines, y, shift="none"):
-    """Adapt a head from labelled articles to headlines without labels; also with a few.
-
-    The method is varied. Fixed are the features of the same stories as `articles` and as
-    `headlines`, their labels `y`, and the `shift`: with "labels" the target's last topics are five
-    times rarer than its first two. Source, target and test are other stories. Unsupervised methods
-    see target rows, never their labels nor test rows. Returns accuracy in percent on headlines, of
-    "k labels" with that many target labels of each topic alone and "articles + k labels"; "margin".
+    Returns rows of name, trained parameters, operations (forward, backward) and bytes of weights,
+    gradients, Adam's state and activations. Of linear probing, the features are there already.
     """
-    with reproducible(seed):
-        rows = data.draw(y, seed, source=70, target=40, test=40)
-        if shift == "labels":
-            rows |= {name: _rarer(rows[name]) for name in ("target", "test")}
-        S, T, test = (
-            X[r] for X, r in zip((articles, headlines, headlines), _flat(rows), strict=True)
+    encoder = models.Encoder.from_pretrained(folder or models.bundled())
+    tokens = models.Tokenizer(folder or models.bundled(), max_length=LENGTH["headlines"])
+    X, y = tokens(data.headlines().texts[:8]), torch.zeros(8, dtype=torch.long)
+    rows = []
+    firsts = {"linear probing": 6, "top two blocks": 4, "full fine-tuning": 0}
+    for name, first in firsts.items():
+        model = models.TextClassifier(copy.deepcopy(encoder), 5)
+        training.freeze(model)
+        training.unfreeze(*model.encoder.blocks[first:], model.head)
+        on = training.cache_prefix(model, X, first=first)
+        count = training.count_parameters(model)
+        kept = training.activation_bytes(model, on, y)
+        memory = training.step_memory(*count, kept, weight=4, gradient=4, state=8)
+        rows.append(
+            (name, count.trainable, training.operations(model, on, y), sum(memory.values()))
         )
-        mean, sd = S.mean(0), S.std(0)  # of source rows: all that is known before adaptation
-        S, T, test, S_short = ((X - mean) / sd for X in (S, T, test, headlines[_flat(rows)[0]]))
-        t, t_target, t_test = (y[r] for r in _flat(rows))
-        found = _adapted(S, t, T, test)
-        scores = {name: training.score(on_test, t_test) for name, (on_test, _) in found.items()}
-        sure = {n: training.information_maximization(on_T) for n, (_, on_T) in found.items()}
-        peeked = {n: training.score(on_T, t_target) for n, (_, on_T) in found.items()}
-        scores["chosen without labels"] = scores[max(sure, key=sure.get)]
-        scores["chosen by the oracle"] = scores[max(peeked, key=lambda n: peeked[n].correct)]
-        head = training.logistic_head(S_short, t, C=PROBE_C)
-        scores["the same stories' headlines"] = training.score(head(test), t_test)
-        if shift == "none":
-            for k in (1, 4, 16, 40):
-                few = torch.arange(len(T)).view(rows["target"].shape)[:, :k].flatten()
-                for name, X, labels in (
-                    (f"{k} labels", T[few], t_target[few]),
-                    (
-                        f"articles + {k} labels",
-                        torch.cat([S, T[few]]),
-                        torch.cat([t, t_target[few]]),
-                    ),
-                ):
-                    head = training.logistic_head(X, labels, C=PROBE_C)
-                    scores[name] = training.score(head(test), t_test)
-    return percent(scores, *peeked.values())
-
-
-PROBE_C = 0.01  # of standardised features
-
-
-def _flat(rows):
-    return [r.flatten() for r in (rows["source"], rows["target"], rows["test"])]
-
-
-def _rarer(rows):
-    """Return rows of the first two topics, and every fifth of the others'."""
-    return torch.cat([rows[:2].flatten(), rows[2:, ::5].flatten()])
-
-
-def _adapted(S, t, T, test):
-    """Return for each unsupervised method its logits of test rows and of target rows."""
-    n_classes = int(t.max()) + 1
-    fit = lambda X, labels, **how: training.logistic_head(X, labels, C=PROBE_C, **how)  # noqa: E731
-    head = fit(S, t)
-    found = {"source only": (head(test), head(T))}
-    moved = [training.match_statistics(X, T, S) for X in (test, T)]
-    found["target statistics"] = tuple(map(head, moved))
-    heads = {"CORAL": fit(training.coral(S, T, ridge=1.0), t)}
-    heads["importance weights"] = fit(S, t, weights=training.density_ratio(S, T))
-    half = torch.arange(len(t)) % 2 == 0  # rows are sorted by topic: halves of each
-    guess = fit(S[half], t[half])
-    ratio = training.label_ratio(
-        guess(S[~half]).argmax(1), t[~half], guess(T).argmax(1), n_classes=n_classes
-    )
-    heads["label weights"] = fit(S, t, weights=ratio[t])
-    student = head
-    for _ in range(3):
-        p, label = student(T).softmax(1).max(1)
-        sure = p >= p.median()  # the surer half of the target rows
-        student = fit(torch.cat([S, T[sure]]), torch.cat([t, label[sure]]))
-    heads["self-training"] = student
-    return found | {name: (h(test), h(T)) for name, h in heads.items()}
+    return rows

@@ -99,6 +99,11 @@ class Comparison(NamedTuple):
         rounded = map(_even, (self.difference, self.low, self.high))
         return "{:+z.1f} [{:+z.1f}, {:+z.1f}]".format(*rounded)
 
+    @property
+    def marked(self):
+        """Return the numbers with their sign, for tables."""
+        return f"{self.numbers} {self.sign}".rstrip()
+
     def detectable_among(self, comparisons):
         """Return the difference found with 80 % power where Holm adjusts for several comparisons.
 
