@@ -33,7 +33,8 @@ ORDER = {
     "training": "freezing batches scoring prefix checks loop costs strategies domain",
     "peft": "four_bits base product lora layers surgery inject qlora files hub_config hub"
     " arithmetic mixed large",
-    "study": "seeds verdicts decide tuning published part1 part1_domain part2 spectrum part3 part3_adapters",
+    "study": "seeds verdicts decide tuning published part1 part1_domain part2 spectrum"
+    " part3 part3_adapters",
     "show": "tables drawings figures costs",
 }
 

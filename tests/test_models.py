@@ -4,14 +4,32 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.models import MLP, Attention, TinyTransformer, stages, with_fresh_head
+from helpers.models import (
+    MLP,
+    Attention,
+    Encoder,
+    TextClassifier,
+    TinyTransformer,
+    stages,
+    with_fresh_head,
+)
 from helpers.study import reproducible
 
 SMALL = {"d": 4, "n_heads": 2, "n_layers": 1, "d_ff": 5, "n_classes": 2}
+BLOCKS = ["embed", "blocks.0", "blocks.1"]
 STAGES = {
-    MLP: ["backbone.0", "backbone.2", "backbone.4", "head"],
-    TinyTransformer: ["embed", "blocks.0", "blocks.1", "norm", "head"],
+    "MLP": (MLP, ["backbone.0", "backbone.2", "backbone.4", "head"]),
+    "TinyTransformer": (TinyTransformer, [*BLOCKS, "norm", "head"]),
+    "Encoder": (lambda: encoder(), BLOCKS),
+    "TextClassifier": (
+        lambda: TextClassifier(encoder(), 3),
+        [*(f"encoder.{name}" for name in BLOCKS), "head"],
+    ),
 }
+
+
+def encoder():
+    return Encoder(vocab=9, d=4, n_layers=2, n_heads=2, d_ff=5, positions=6)
 
 
 @pytest.fixture(autouse=True)
@@ -35,11 +53,12 @@ def test_shapes_and_counts_match_closed_form(make, width, total):
     assert sum(p.numel() for p in model.parameters()) == total
 
 
-@pytest.mark.parametrize("model", STAGES, ids=lambda m: m.__name__)
-def test_stages_run_bottom_to_top_and_hold_each_parameter_once(model):
-    model = model()
+@pytest.mark.parametrize("make, names", STAGES.values(), ids=STAGES)
+def test_stages_run_bottom_to_top_and_hold_each_parameter_once(make, names):
+    model = make()
     parts = stages(model)
-    assert list(parts) == STAGES[type(model)]
+    assert list(parts) == names
+    assert all(model.get_submodule(name) is part for name, part in parts.items())
     held = [p for part in parts.values() for p in part.parameters()]
     assert list(map(id, held)) == list(map(id, model.parameters()))
     model.scale = nn.Parameter(torch.ones(1))

@@ -14,7 +14,7 @@ from matplotlib.text import Text
 from helpers.models import MLP, TinyTransformer
 from helpers.peft import Adapter, BottleneckAdapter, inject
 from helpers.show import costs, drawings, figures, tables
-from helpers.study import Summary, summarize
+from helpers.study import Comparison, Summary, part1, summarize
 from helpers.training import freeze, unfreeze
 
 
@@ -59,6 +59,52 @@ def test_bands_are_the_intervals(ax):
     assert len({line.get_marker() for line in ax.lines}) == 2 and ax.get_xscale() == "log"
 
 
+def test_a_curve_has_no_point_where_there_is_no_summary(ax):
+    a, b, c = summaries(3, 5, 4)
+    figures.plot_bands(ax, [1, 4, 16], {"m": [a, None, b], "n": [None, c, None]})
+    assert [line.get_xydata().tolist() for line in ax.lines] == [[[1, 3], [16, 5]], [[4, 4]]]
+    band, arms = ax.collections
+    assert band.get_paths()[0].get_extents().intervaly.tolist() == [2, 7]
+    assert arms.get_segments()[0].tolist() == [[4, 3], [4, 6]]
+    assert same_color(arms.get_color()[0], ax.lines[1].get_color())
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["1", "4", "16"]
+    with pytest.raises(ValueError, match="shorter"):
+        figures.plot_bands(ax, [1, 4], {"m": [a]})
+
+
+def test_a_technique_looks_the_same_in_every_figure(ax):
+    names = list(figures.LOOKS)
+    x, y = summaries(3, 5)
+    drawn = {}
+    for order in (names, names[::-1], [f"{name}, top two" for name in names]):
+        for draw in (
+            lambda order: figures.plot_bands(ax, [1, 4], {name: [x, y] for name in order}),
+            lambda order: figures.plot_tradeoff(ax, {name: [(x, y)] for name in order}),
+        ):
+            ax.clear()
+            draw(order)
+            for line in ax.lines:
+                look = to_hex(line.get_color()).upper(), line.get_marker()
+                if line.get_label().partition(",")[0] in names:
+                    drawn.setdefault(line.get_label().partition(",")[0], set()).add(look)
+    expected = [(figures.COLOURS[i], figures.MARKERS[i]) for i in figures.LOOKS.values()]
+    assert [drawn[name] for name in names] == [{look} for look in expected]
+
+
+def test_other_techniques_go_by_their_place_and_settings_share_a_look():
+    looks = [figures.look(f"method {i}", i) for i in range(9)]
+    assert [look["color"] for look in looks] == [*figures.COLOURS, figures.COLOURS[0]]
+    assert figures.look("LP-FT, 0.0003", 5) == figures.look("LP-FT", 0) != figures.look("LP", 0)
+
+
+@pytest.mark.parametrize("names", [
+    ["zero labels", *part1.RATES], ["linear probing", *part1.FORGETTING_RATES],
+], ids=["label curve", "forgetting"])  # fmt: skip
+def test_techniques_of_a_figure_are_told_apart(names):
+    looks = [tuple(figures.look(name, i).values()) for i, name in enumerate(names)]
+    assert len(set(looks)) == len(names)
+
+
 def test_tradeoff_has_both_intervals_and_a_hollow_first_point(ax):
     pairs = list(zip(summaries(1, 2), summaries(8, 9), strict=True))
     figures.plot_tradeoff(ax, {"m": pairs})
@@ -83,6 +129,27 @@ def test_classes_have_markers_of_their_own(ax):
     figures.plot_classes(ax, np.c_[y, y], y)
     assert len(ax.collections) == 8 and len(set(figures.MARKERS)) == 8
     assert len(set(figures.COLOURS)) == 8 and ax.get_xlabel() and ax.get_ylabel()
+
+
+def test_classes_are_called_by_their_names(ax):
+    y = np.array([2, 0, 2])
+    figures.plot_classes(ax, np.c_[y, y], y, names=["sport", "tech", "business"])
+    figures.plot_classes(ax, np.c_[y, y], y, filled=False)
+    labels = [c.get_label() for c in ax.collections]
+    assert labels == ["sport", "business", "class 0", "class 2"]
+    assert [len(c.get_offsets()) for c in ax.collections] == [1, 2, 1, 2]
+    assert [len(c.get_facecolor()) for c in ax.collections] == [1, 1, 0, 0]
+    assert same_color(ax.collections[1].get_facecolor()[0], figures.COLOURS[2])
+
+
+@pytest.mark.parametrize("low, high, p, marked", [
+    (1.0, 3.0, 0.01, "+2.0 [+1.0, +3.0] ▲"),
+    (-3.0, -1.0, 0.01, "-2.0 [-3.0, -1.0] ▼"),
+    (-1.0, 5.0, 0.01, "+2.0 [-1.0, +5.0]"),
+    (1.0, 3.0, 0.05, "+2.0 [+1.0, +3.0]"),
+])  # fmt: skip
+def test_a_difference_in_a_table_is_marked_with_its_sign(low, high, p, marked):
+    assert Comparison((low + high) / 2, low, high, p, 0.5, 1.0, 9).marked == marked
 
 
 def test_losses_start_at_epoch_1(ax):

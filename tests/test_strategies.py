@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from torch import nn
+from torch.nn import functional as F
 from torch.optim import SGD
 
 from helpers.data import published_task, shifted_domain
-from helpers.models import MLP, with_fresh_head
+from helpers.models import MLP, Encoder, TextClassifier, stages, with_fresh_head
 from helpers.study import reproducible
 from helpers.study.published import PUBLISHED, fast_forward, replay
 from helpers.training import (
@@ -26,6 +28,7 @@ from helpers.training import (
     freeze,
     l2_sp,
     linear_probe,
+    logistic_head,
     lp_ft,
     predict,
     strategies,
@@ -193,6 +196,91 @@ def test_gradual_unfreezing_adds_one_stage_per_phase_with_a_new_optimizer(pretra
     assert phases == [names[6:], names[4:], names[2:], names]
     assert len(set(map(id, optimizers))) == 4
     assert {int(s["step"]) for o in optimizers for s in o.state.values()} == {2}
+
+
+@pytest.mark.parametrize("down_to, phases", [(0, 4), (2, 2), (3, 1)])
+def test_gradual_unfreezing_goes_down_to_a_stage(pretrained, monkeypatch, down_to, phases):
+    model, task = pretrained
+    before, seen = copied(model), []
+
+    def recorded(model, *rows, optimizer, epochs, **options):
+        seen.append((epochs, count_parameters(model).trainable, options))
+        return train(model, *rows, optimizer=optimizer, epochs=epochs, **options)
+
+    monkeypatch.setattr(strategies, "train", recorded)
+    strategies.gradual_unfreezing(model, *task.train, epochs=8, down_to=down_to, batch_size=40)
+    assert moved(model, before) == list(before)[2 * down_to :]
+    counts = [132, 2_212, 6_372, 7_716]
+    assert seen == [(8 // phases, n, {"batch_size": 40}) for n in counts[:phases]]
+
+
+def test_gradual_unfreezing_of_a_text_classifier_ends_at_a_block():
+    with reproducible(0):
+        encoder = Encoder(vocab=9, d=4, n_layers=3, n_heads=2, d_ff=5, positions=6)
+        model = TextClassifier(encoder, 2)
+        before, down_to = copied(model), list(stages(model)).index("encoder.blocks.2")
+        X = {"ids": torch.randint(0, 9, (8, 6)), "mask": torch.ones(8, 6).long()}
+        strategies.gradual_unfreezing(model, X, torch.arange(8) % 2, epochs=4, down_to=down_to)
+    above = ("encoder.blocks.2.", "head.")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name in before if name.startswith(above)}
+    flat = {name for name in trained if "k_proj.bias" in name}  # softmax ignores it
+    assert trained - flat <= set(moved(model, before)) <= trained
+
+
+@pytest.fixture
+def points():
+    """Return rows of four overlapping classes, labels and weights."""
+    rng = np.random.default_rng(0)
+    y = np.arange(60) % 4
+    X = rng.normal(size=(60, 5)) + 0.8 * rng.normal(size=(4, 5))[y]
+    return torch.tensor(X), torch.tensor(y), torch.tensor(rng.integers(1, 4, size=60))
+
+
+def objective_gradient(head, X, y, C, weights):
+    losses = weights * F.cross_entropy(head(X), y, reduction="none")
+    value = head.weight.square().sum() / 2 + C * losses.sum()
+    return torch.cat([g.flatten() for g in torch.autograd.grad(value, list(head.parameters()))])
+
+
+@pytest.mark.parametrize("C", [0.03, 1.0, 30.0])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_logistic_head_is_at_the_optimum_that_scikit_learn_finds(points, C, weighted):
+    X, y, weights = points
+    head = logistic_head(X, y, C=C, weights=weights if weighted else None)
+    assert [p.requires_grad for p in head.parameters()] == [True, True]
+    weights = weights if weighted else torch.ones(60)
+    start = objective_gradient(nn.Linear(5, 4, dtype=X.dtype), X, y, C, weights)
+    assert objective_gradient(head, X, y, C, weights).norm() < 1e-6 * start.norm()
+    other = LogisticRegression(C=C, solver="lbfgs", tol=1e-10, max_iter=10_000)
+    other.fit(X.numpy(), y.numpy(), weights.numpy())
+    expected = torch.as_tensor(other.predict_log_proba(X.numpy()))
+    torch.testing.assert_close(head(X).log_softmax(1), expected, atol=1e-4, rtol=0)
+
+
+def test_a_weight_of_a_logistic_head_counts_a_row_as_often(points):
+    X, y, weights = points
+    repeated = logistic_head(X.repeat_interleave(weights, 0), y.repeat_interleave(weights))
+    head = logistic_head(X, y, weights=weights)
+    torch.testing.assert_close(head.weight, repeated.weight, atol=1e-8, rtol=0)
+    torch.testing.assert_close(head.bias, repeated.bias, atol=1e-8, rtol=0)
+    assert (head.weight - logistic_head(X, y).weight).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_logistic_head_of_two_classes_answers_as_scikit_learn(points, dtype):
+    X, y = points[0].to(dtype).requires_grad_(), points[1] % 2
+    head = logistic_head(X, y, C=0.5)
+    assert head.weight.shape == (2, 5) and head.weight.dtype == head.bias.dtype == dtype
+    other = LogisticRegression(C=0.5, tol=1e-10, max_iter=10_000).fit(X.detach(), y)
+    expected = torch.as_tensor(other.predict_proba(X.detach()), dtype=dtype)
+    torch.testing.assert_close(head(X).softmax(1), expected, atol=1e-5, rtol=0)
+
+
+def test_a_logistic_head_refuses_a_class_without_rows(points):
+    X, y, _ = points
+    with pytest.raises(ValueError, match=r"no row of class 1: labels must be 0\.\.3"):
+        logistic_head(X[y != 1], y[y != 1])
 
 
 def test_l2_sp_adds_the_squared_distance_and_holds_weights_near_the_start(pretrained):

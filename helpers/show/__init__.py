@@ -4,6 +4,7 @@
 from helpers.show.costs import plot_fits, plot_front, plot_memory, plot_page
 from helpers.show.drawings import plot_frozen, plot_injected
 from helpers.show.figures import (
-    STYLE, plot_bands, plot_classes, plot_grid, plot_guide, plot_losses, plot_seeds, plot_tradeoff
+    STYLE, look, plot_bands, plot_classes, plot_grid, plot_guide, plot_losses, plot_seeds,
+    plot_tradeoff
 )
 from helpers.show.tables import show_source, show_stored, show_table

@@ -19,6 +19,8 @@ LOOKS = {  # the colour and marker of a technique, the same in all parts
     "top three blocks": 4,
     "LoRA": 5,
     "zero labels": 6,
+    "gradual unfreezing": 6,
+    "L2-SP": 7,
 }
 
 HATCHES = ["", "///", "...", "xxx", "---", "+++", "ooo", "|||"]
@@ -36,14 +38,14 @@ STYLE = {
 }
 
 
-def look(name, i):
+def look(name, i=0):
     """Return colour and marker of a technique, or the `i`-th of others.
 
     Parameters
     ----------
     name : str
         A technique, perhaps with a comma and a setting after it.
-    i : int
+    i : int, default=0
 
     Returns
     -------

@@ -12,6 +12,7 @@ from helpers.study.verdicts import (
     DRIFT,
     Comparison,
     Summary,
+    cheapest,
     close_calls,
     compare,
     compare_pairs,

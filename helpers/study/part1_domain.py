@@ -93,7 +93,7 @@ def _adapted(fit, S, t, T, test):
     ratio = training.label_ratio(
         guess(S[~half]).argmax(1), t[~half], guess(T).argmax(1), n_classes=n_classes
     )
-    heads["label weights"] = fit(S, t, weights=ratio[t])
+    heads["label weights"] = fit(S, t, weights=ratio.clamp_min(0.01)[t])
     student = head
     for _ in range(3):
         p, label = student(T).softmax(1).max(1)

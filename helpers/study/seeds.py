@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import torch
 from joblib import cpu_count, effective_n_jobs
-from joblib.externals.loky import get_reusable_executor
+from joblib.externals.loky import get_reusable_executor, process_executor
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from joblib.parallel import get_active_backend
 from threadpoolctl import threadpool_limits
@@ -110,7 +110,7 @@ def _submitted(task, seeds, backend, workers):
     if kind == "DaskDistributedBackend":
         submit = partial(backend.client.submit, pure=False)
     elif kind in ("LokyBackend", "MultiprocessingBackend"):  # the latter hangs if a worker dies
-        submit = get_reusable_executor(workers, timeout=300).submit
+        submit = get_reusable_executor(workers, timeout=300, initializer=_keep_models).submit
     else:
         raise ValueError(f"seeds run on loky, Dask or threads of joblib, not on its {kind}")
     for i, seed in seeds.items():
@@ -119,6 +119,11 @@ def _submitted(task, seeds, backend, workers):
         except TerminatedWorkerError:
             break
     return futures
+
+
+def _keep_models():
+    """Let a worker hold pre-trained models: loky takes 300 MB more for a leak, and ends it."""
+    process_executor._MAX_MEMORY_LEAK_SIZE = float("inf")
 
 
 def _run(experiment, dtype, seed):

@@ -149,6 +149,21 @@ def compare_pairs(results, pairs):
     return {pair: c._replace(p=float(adjusted[pair])) for pair, c in plain.items()}
 
 
+def cheapest(results, names, *, margin=2.0):
+    """Recommend the first of `names`, cheapest first, that loses less than `margin` to the best.
+
+    The best has the highest mean; the loss to it must be below the margin with its whole 95 %
+    interval (non-inferiority), not only undetected. Returns the name and its `Comparison` to the
+    best, None for the best itself.
+    """
+    best = max(names, key=lambda name: round(float(np.mean(results[name])), 9))
+    for name in names:
+        if name == best:
+            return name, None
+        if (against := compare(results[name], results[best])).low > -margin:
+            return name, against
+
+
 def _checked(results, *, least=2, paired=False):
     """Return float64 arrays; refuse what no mean, interval or comparison can be taken of."""
     checked = {}

@@ -5,8 +5,7 @@ from helpers.training.costs import (
     activation_bytes, operations, saved_bytes, step_memory, stored_bytes
 )
 from helpers.training.domain import (
-    coral, density_ratio, information_maximization, label_ratio, match_statistics, mmd2,
-    mmd_loss, weighted_cross_entropy
+    coral, density_ratio, information_maximization, label_ratio, match_statistics
 )
 from helpers.training.freezing import (
     Count, check_optimizer, count_parameters, freeze, freeze_to, param_groups, unfreeze

@@ -1,8 +1,7 @@
-"""Unsupervised domain adaptation: align, reweight, match, and choose without target labels."""
+"""Unsupervised domain adaptation: align, reweight, and choose without target labels."""
 
 import torch
 from sklearn.linear_model import LogisticRegression
-from torch.nn import functional as F
 
 
 def match_statistics(X, X_target, X_source, *, floor=1e-6):
@@ -144,100 +143,6 @@ def label_ratio(predicted_source, y_source, predicted_target, *, n_classes):
     C = pairs.double().reshape(n_classes, n_classes) / len(y_source)
     mu = torch.bincount(predicted_target, minlength=n_classes).double() / len(predicted_target)
     return (1 + torch.linalg.pinv(C) @ (mu - C.sum(1))).clamp_min(0)
-
-
-def weighted_cross_entropy(weights):
-    """Return the loss sum_i w_i CE_i / sum_i w_i, for `train` with all rows in one batch.
-
-    Parameters
-    ----------
-    weights : Tensor of shape (n,)
-        One for each training row; with a batch of other length the loss raises ValueError.
-
-    Returns
-    -------
-    callable
-        A ``loss`` for `train`.
-    """
-
-    def _loss(model, x, y):
-        if len(weights) != len(y):
-            raise ValueError(f"{len(weights)} weights need the full batch, not one of {len(y)}")
-        each = F.cross_entropy(model(x), y, reduction="none")  # (n,)
-        return weights.to(each) @ each / weights.to(each).sum()
-
-    return _loss
-
-
-def mmd2(A, B, *, scale=None):
-    """Return mean k(a, a') + mean k(b, b') - 2 mean k(a, b): squared MMD, biased, 0 or more.
-
-    k(x, y) is the mean of exp(-||x - y||^2 / (c scale)) over c = 1/4, 1/2, 1, 2, 4.
-
-    Parameters
-    ----------
-    A, B : Tensor of shape (n, d) and (m, d)
-    scale : float, optional
-        None is the lower median of ||x - y||^2 over all pairs of rows, without gradient.
-
-    Returns
-    -------
-    Tensor
-        A scalar.
-
-    Raises
-    ------
-    ValueError
-        If a sample is empty, no matrix, or of another width than the others; it is named.
-
-    References
-    ----------
-    Gretton et al. (2012), equation 5, JMLR 13:723-773.
-    """
-    _check_columns(A=A, B=B)
-    Z = torch.cat([A, B])
-    distances = torch.pdist(Z).square()  # of rows i < j
-    if scale is None:
-        scale = distances.detach().median().clamp_min(torch.finfo(Z.dtype).eps)
-    kernel = total = torch.exp(distances / (-4 * scale))
-    for _ in range(4):
-        kernel = kernel.square()  # halves c
-        total = total + kernel
-    v = torch.cat([Z.new_full((len(X),), s / len(X)) for X, s in ((A, 1), (B, -1))])
-    i, j = torch.triu_indices(len(Z), len(Z), 1, device=Z.device)
-    return v @ v + 2 * (v[i] * v[j]) @ total / 5  # v' K v, K's diagonal being 1
-
-
-def mmd_loss(X_target, *, weight):
-    """Return the loss CE(model(x), y) + weight * mmd2 of what `model.head` reads, x to X_target.
-
-    Parameters
-    ----------
-    X_target : Tensor of shape (m, ...)
-        Unlabelled rows; they go through the model together with x, in one batch.
-    weight : float
-
-    Returns
-    -------
-    callable
-        A ``loss`` for `train`.
-
-    References
-    ----------
-    DAN, with the last layer matched alone: Long et al. (2015), section 3, arXiv:1502.02791.
-    """
-
-    def _loss(model, x, y):
-        read = []
-        hook = model.head.register_forward_pre_hook(lambda head, args: read.append(args[0]))
-        try:
-            logits = model(torch.cat([x, X_target.to(x)]))
-        finally:
-            hook.remove()
-        features, n = read[0], len(x)
-        return F.cross_entropy(logits[:n], y) + weight * mmd2(features[:n], features[n:])
-
-    return _loss
 
 
 def information_maximization(logits):

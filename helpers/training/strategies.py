@@ -124,7 +124,7 @@ def logistic_head(features, y, *, C=1.0, weights=None):
     """Return the linear layer that minimises ||W||^2 / 2 + C sum_i w_i CE_i, to the optimum.
 
     Linear probing without a rate or a number of steps to choose, and the start of LP-FT: assign it
-    to a model's ``head``.
+    to a model's ``head``. Of two classes, the first one's row of W is 0, as in scikit-learn.
 
     Parameters
     ----------
@@ -151,7 +151,7 @@ def logistic_head(features, y, *, C=1.0, weights=None):
     if missing := sorted(set(range(n_classes)) - set(y.tolist())):
         raise ValueError(f"no row of class {missing[0]}: labels must be 0..{n_classes - 1}")
     rows = features.detach().double().numpy()
-    fitted = LogisticRegression(C=C, solver="newton-cg", tol=1e-10, max_iter=1000)
+    fitted = LogisticRegression(C=C, solver="newton-cg", tol=1e-11, max_iter=1000)
     fitted.fit(rows, y.numpy(), None if weights is None else weights.numpy())
     W, b = fitted.coef_, fitted.intercept_
     if n_classes == 2:  # scikit-learn's two classes share one row
