@@ -32,7 +32,7 @@ execute: $(READY) ## run the notebooks top to bottom and store their outputs (AR
 picture: $(READY) ## take the README's picture out of notebook 1
 	@$(VENV)/bin/python -c "import base64, nbformat; \
 	  nb = nbformat.read('notebooks/01_transfer_learning.ipynb', as_version=4); \
-	  out, = [o for c in nb.cells if c.id == 'budgets-figure' for o in c.outputs]; \
+	  out, = [o for c in nb.cells if c.id == 'curve' for o in c.outputs]; \
 	  open('notebooks/picture.png', 'wb').write(base64.b64decode(out.data['image/png']))"
 
 test: style unit check nbval ## all that CI checks: style, unit tests, stored form, and outputs that repeat
@@ -61,7 +61,7 @@ lab: $(READY) ## JupyterLab on the notebooks
 	$(VENV)/bin/jupyter lab notebooks
 
 html: $(READY) ## render the stored notebooks to build/html
-	$(VENV)/bin/jupyter nbconvert --to html --output-dir build/html $(NOTEBOOKS)
+	$(VENV)/bin/jupyter nbconvert --to html --embed-images --output-dir build/html $(NOTEBOOKS)
 	@sed -i.bak 's#</head>#<style>$(CSS)</style></head>#' build/html/*.html && rm build/html/*.bak
 
 format: $(READY) ## format the code, notebooks included

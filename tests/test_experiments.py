@@ -1,11 +1,13 @@
 """Part 1's studies: functions of their seed that never score what they trained on."""
 
+import copy
 import json
 import os
 import shutil
 import subprocess
 import sys
 from functools import cache, partial
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +18,15 @@ from safetensors.torch import save_file
 from helpers import data, models, training
 from helpers.models import checkpoint
 from helpers.study import DRIFT, part1, part1_domain, published, reproducible, tuning
-from helpers.study.part1 import AT, BUDGETS, FORGETTING_RATES, RATES, choose_rates
+from helpers.study.part1 import BUDGETS, FIRST, PENALTIES, RATES, choose_rates, plan_of
 from helpers.study.published import PUBLISHED, published_protocol
 from helpers.training import strategies
 
 ROOT = Path(__file__).parent.parent
 SIZES = dict(vocab=30522, d=32, n_layers=6, n_heads=2, d_ff=48, positions=32)
-ONE = {name: of[-1] for name, of in RATES.items()}
+CHOSEN = {name: of[-1] for name, of in RATES.items()} | {"linear probing": 0.3}
+PLAN = plan_of("headlines", CHOSEN)
 SUPERVISED = {f"{a}{k} labels" for a in ("", "articles + ") for k in (1, 4, 16, 40)}
-FEW = sorted({1, *(of[0] for of in AT.values())})  # budgets at which each technique is run
 
 
 def save_small(folder):
@@ -67,13 +69,11 @@ def features():
 
 def studies(folder):
     """Return each study as a function of its seed, on the encoder in a folder."""
-    ways = {name: rates[:1] for name, rates in FORGETTING_RATES.items()}
     names = {"texts": "headlines", "features": features()["articles"][:, [0] * SIZES["d"]]}
-    curve = partial(part1.label_curve, texts="headlines", folder=folder)
+    options = {"texts": "headlines", "plan": PLAN, "C": 0.3, "folder": folder}
     return {
         "published": published_protocol,
-        "label_curve": partial(curve, rates=ONE, budgets=FEW),
-        "forgetting": partial(part1.forgetting, rates=ways, folder=folder),
+        "label_curve": partial(part1.label_curve, **options),
         "adaptation": partial(part1_domain.adaptation, **features()),
         "label shift": partial(part1_domain.adaptation, **features(), shift="labels"),
         "names": partial(part1_domain.names_help, **names, y=features()["y"], folder=folder),
@@ -117,7 +117,7 @@ class Traced:
         self.origin, self.unknown, self.named = {}, 0, 0
         self.patch = monkeypatch.setattr
         self.patch(part1, "start", cache(self.start))
-        self.patch(part1, "pairs", part1.pairs.__wrapped__)
+        self.patch(part1, "pairs", cache(part1.pairs.__wrapped__))
         for name in ("cache_prefix", "extract_features"):
             self.patch(training, name, partial(self.derived, getattr(training, name)))
         self.patch(training, "logistic_head", partial(self.head, training.logistic_head))
@@ -180,51 +180,49 @@ class Traced:
 START = part1.start
 
 
-@pytest.mark.parametrize("name, score_on", [
-    ("label_curve", "test"), ("label_curve", "validation"), ("forgetting", "test"),
-])  # fmt: skip
-def test_no_row_is_both_trained_on_and_scored(name, score_on, run, monkeypatch):
+@pytest.mark.parametrize("score_on", ["test", "validation"])
+def test_no_row_is_both_trained_on_and_scored_nor_one_of_the_pairs(score_on, run, monkeypatch):
     of, drawn = Traced(monkeypatch), []
     draw = data.draw
     monkeypatch.setattr(data, "draw", lambda *a, **k: drawn.append(draw(*a, **k)) or drawn[-1])
-    run[name](0, **{"score_on": score_on} if name == "label_curve" else {})
+    run["label_curve"](0, score_on=score_on)
     known = {row for row in of.trained | of.scored | of.retrieved if row is not None}
     assert known == of.trained | of.scored | of.retrieved and of.unknown == of.named
     sets = {set_: set(rows.flatten().tolist()) for d in drawn for set_, rows in d.items()}
-    assert of.scored == sets[score_on] and of.retrieved == sets.get("pairs", set())
-    assert of.trained <= sets["train"] and not of.trained & (of.scored | of.retrieved)
-    assert len(of.trained) == (5 * FEW[-1] if name == "label_curve" else len(sets["train"]))
+    assert sets.keys() == {"pairs", "train", "validation", "test"}
+    assert of.trained == sets["train"] and of.scored == sets[score_on]
+    assert of.retrieved == (sets["pairs"] if score_on == "test" else set())
     assert len(set.union(*sets.values())) == sum(map(len, sets.values()))  # disjoint
 
 
 def test_the_pairs_are_the_same_stories_as_headlines_and_as_articles(folder):
     with reproducible(0):
-        rows, both, low = part1.pairs(folder)
-        for texts, X, cached in zip(("headlines", "articles"), both, low, strict=True):
+        rows, by_block = part1.pairs(folder)
+        for texts, X, low in zip(("headlines", "articles"), by_block[0], by_block[4], strict=True):
             encoder, tokens, y, _ = part1.start(texts, folder)
-            assert torch.equal(X["ids"], tokens["ids"][rows.flatten()]) and cached.first == 4
+            assert torch.equal(X["ids"], tokens["ids"][rows.flatten()]) and low.first == 4
             assert X["ids"].shape[1] <= part1.LENGTH[texts]
             model = models.TextClassifier(encoder, 1)
-            found = training.extract_features(model, cached)
+            found = training.extract_features(model, low)
             torch.testing.assert_close(found, part1.embed(texts, rows, folder=folder))
     assert rows.shape == (5, 12) and (y[rows] == torch.arange(5)[:, None]).all()
-    assert len(both[0]["ids"].unique(dim=0)) == 60 and found.dtype == torch.float64
+    assert len(by_block[0][0]["ids"].unique(dim=0)) == 60 and found.dtype == torch.float64
 
 
-def test_the_stories_of_the_pairs_are_drawn_by_no_seed(monkeypatch, folder):
+def test_the_stories_of_the_pairs_are_drawn_by_no_seed(monkeypatch, run):
     class DrawnError(Exception):
         pass
 
     def planted(y, seed, **sizes):
         raise DrawnError(draw(y, seed, **sizes), y)
 
+    draw, curve = data.draw, run["label_curve"]
     with reproducible(0):
-        kept = set(part1.pairs(folder)[0].flatten().tolist())
-    draw = data.draw
+        kept = set(part1.pairs(curve.keywords["folder"])[0].flatten().tolist())
     monkeypatch.setattr(data, "draw", planted)
     for seed in range(20):
         with pytest.raises(DrawnError) as told:
-            part1.forgetting(seed, rates={}, folder=folder)
+            curve(seed)
         sets, free = told.value.args
         assert not kept & {int(row) for rows in sets.values() for row in rows.flatten()}
         assert set((free == -1).nonzero().flatten().tolist()) == kept
@@ -309,85 +307,161 @@ def test_the_columns_of_adaptation():
     assert found["labels"] == [*part1_domain.UNSUPERVISED, *chosen, "margin"]
 
 
-@pytest.mark.parametrize("score_on", ["test", "validation"])
-def test_every_technique_has_a_column_for_each_of_its_budgets(score_on, folder, monkeypatch):
-    monkeypatch.setattr(training, "fit", lambda *args, **options: None)
-    rates = ONE | {"top two blocks": (1e-3, 3e-4)}
-    options = {"texts": "headlines", "rates": rates, "score_on": score_on, "folder": folder}
+@pytest.mark.parametrize("texts, score_on", [
+    ("headlines", "test"), ("headlines", "validation"), ("documentation", "test"),
+])  # fmt: skip
+def test_a_label_curve_has_the_columns_of_its_plan(texts, score_on, folder, monkeypatch):
+    monkeypatch.setattr(part1, "tune", lambda *args, **options: None)
+    options = {"texts": texts, "C": (0.3, 0.1), "score_on": score_on, "folder": folder}
+    plan = {f"way {i}": (name, k, 0.1) for i, (name, k, _) in enumerate(PLAN.values())}
     expected = ["zero labels/0"]
     for k in BUDGETS:
-        for name in RATES:
-            if score_on == "test" and k not in AT.get(name, BUDGETS):
-                continue
-            two = name == "top two blocks"
-            expected += [f"{name}/{k}" + f", {lr:g}" * two for lr in (rates[name] if two else [1])]
-    assert list(part1.label_curve(0, **options)) == [*expected, "margin"]
-    assert {k for of in AT.values() for k in of} < set(BUDGETS) and AT.keys() < RATES.keys()
+        expected += [f"linear probing/{k}, {C:g}" for C in (0.3, 0.1)]
+        for column in [column for column, (_, at, _) in plan.items() if at == k]:
+            probed = k == 4 and (texts, score_on) == ("headlines", "test")
+            expected += [column, f"{column}/retrieval"][: 1 + probed]
+    assert list(part1.label_curve(0, plan=plan, **options)) == [*expected, "margin"]
 
 
-def test_every_way_has_its_columns_at_each_rate(folder, monkeypatch):
-    monkeypatch.setattr(part1, "_tuned", lambda *args: None)
-    found = part1.forgetting(0, rates=FORGETTING_RATES, folder=folder)
-    ways = [f"{name}, {lr:g}" for name, of in FORGETTING_RATES.items() for lr in of]
-    sides = [f"{w}/{side}" for w in ["linear probing", *ways] for side in ("topics", "retrieval")]
-    assert list(found) == [*sides, "margin"]
-    probed = {found[f"{way}/retrieval"] for way in ["linear probing", *ways]}
-    assert len(probed) == 1  # nothing was tuned
-    way = next(way for way in ways if way.startswith("LP-FT"))
-    assert found[f"{way}/topics"] == found["linear probing/topics"]
+def test_a_plan_has_the_curve_at_the_chosen_rates_and_of_headlines_the_remedies():
+    top, both, full = "top two blocks", "LP-FT, top two", "full fine-tuning"
+    chosen = {top: 2.0, both: 3.0, full: 5.0, "linear probing": 7.0}
+    curve = {f"{top}/{k}": (top, k, 2.0) for k in BUDGETS} | {
+        f"{both}/4": (both, 4, 3.0),
+        f"{both}/16": (both, 16, 3.0),
+        f"{full}/4": (full, 4, 5.0),
+    }
+    assert plan_of("documentation", chosen) == curve
+    remedies = {f"{name}/4": (name, 4, 2.0) for name in ("L2-SP, top two", "gradual unfreezing")}
+    larger = {f"{name}, 3 x rate/4": (name, 4, 3 * chosen[name]) for name in (top, full)}
+    scratch = {"from scratch/4": ("from scratch", 4, 5.0)}
+    assert plan_of("headlines", chosen) == curve | remedies | scratch | larger
+    assert {f"{name}/4" for name in part1.REMEDIES} <= PLAN.keys()
+    assert {name for name, *_ in PLAN.values()} == FIRST.keys()
+
+
+def test_retrieval_is_that_of_the_tuned_encoder_and_untouched_that_of_the_base(run, monkeypatch):
+    def planted(model, X, y, *, technique, lr):
+        if (technique, lr) == ("top two blocks", 3 * CHOSEN["top two blocks"]):
+            for p in model.encoder.blocks[5].parameters():
+                p.data.zero_()
+
+    monkeypatch.setattr(part1, "tune", planted)
+    curve = run["label_curve"]
+    folder = curve.keywords["folder"]
+    found = curve(0, C=part1.PROBE_C)
+    with reproducible(0):
+        base = models.TextClassifier(part1.start("headlines", folder)[0], 5)
+        of = [part1.retrieval(base, folder, first=first) for first in (0, 4)]
+        rows = part1.pairs(folder)[0]
+        seen = [part1.embed(texts, rows, folder=folder) for texts in ("headlines", "articles")]
+    assert {score.correct for score in of} == {part1.recall(*seen).correct} and of[0].correct > 5
+    ruined = found.pop("top two blocks, 3 x rate/4/retrieval")
+    assert ruined == pytest.approx(100 / 60)  # all cosines are 0
+    kept = {score for column, score in found.items() if column.endswith("/retrieval")}
+    assert kept == {100 * of[0].accuracy}
+    assert found["LP-FT, top two/4"] == found["linear probing/4"]
+
+
+def test_retrieval_goes_on_where_the_encoder_is_as_it_was(folder):
+    with reproducible(0):
+        encoder, tokens, y, _ = part1.start("headlines", folder)
+        rows = torch.arange(20)
+        for technique, first in (("top two blocks", 4), ("full fine-tuning", 0)):
+            model = models.TextClassifier(copy.deepcopy(encoder), 5)
+            part1.tune(model, part1.some(tokens, rows), y[rows], technique=technique, lr=1e-2)
+            whole = part1.retrieval(model, folder, first=0)
+            assert not any(p.requires_grad for p in model.parameters())
+            if first == 4:
+                assert part1.retrieval(model, folder).correct == whole.correct
+            else:
+                with pytest.raises(ValueError, match="cache"):
+                    part1.retrieval(model, folder)
 
 
 def test_each_technique_trains_what_it_says(run, monkeypatch):
-    seen, train = [], strategies.train
+    seen, trainable, train, tune = [], {}, strategies.train, part1.tune
+
+    def named(parameters):
+        return {name.partition(".attention")[0][:16] for name in parameters}
 
     def record(model, *args, optimizer, **options):
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         train(model, *args, optimizer=optimizer, **options)
         moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-        rates = {group["lr"] for group in optimizer.param_groups}
-        seen.append(({name.partition(".attention")[0][:16] for name in moved}, rates))
+        seen.append((named(moved), {group["lr"] for group in optimizer.param_groups}))
+
+    def tuned(model, *args, technique, **options):
+        tune(model, *args, technique=technique, **options)
+        trainable[technique] = named(n for n, p in model.named_parameters() if p.requires_grad)
 
     monkeypatch.setattr(strategies, "train", record)
-    monkeypatch.setattr(part1, "AT", {})
-    run["label_curve"](0, rates=dict.fromkeys(list(ONE)[1:], 3e-4), budgets=(1,))
+    monkeypatch.setattr(part1, "tune", tuned)
+    run["label_curve"](0, plan={name: (name, 1, 3e-4) for name in FIRST}, budgets=(1,))
     top = {"encoder.blocks.4", "encoder.blocks.5", "head.weight", "head.bias"}
     blocks = top | {f"encoder.blocks.{i}" for i in range(4)}
     embed = {"encoder.embed.to", "encoder.embed.po", "encoder.embed.se", "encoder.embed.no"}
-    assert [moved for moved, _ in seen] == [top, top, blocks, blocks | embed]
-    assert [rates for _, rates in seen] == [{3e-4, 1e-3}] * 4
-    seen.clear()
-    run["forgetting"](0)
     phases = [top & {"head.weight", "head.bias"}, top - {"encoder.blocks.4"}, top]
-    assert [moved for moved, _ in seen] == [blocks, top, top, top, *phases]
+    assert [moved for moved, _ in seen] == [top, top, top, *phases, blocks, blocks | embed]
+    assert [rates for _, rates in seen[:3] + seen[-2:]] == [{3e-4, 1e-3}] * 5
+    assert list(trainable) == list(FIRST)
+    assert list(trainable.values()) == [top, top, top, top, blocks, blocks | embed]
+
+
+def test_every_remedy_ends_elsewhere_than_the_plain_technique(run, monkeypatch):
+    ends, evaluate = [], training.evaluate
+    monkeypatch.setattr(training, "evaluate", lambda m, *a: ends.append(m) or evaluate(m, *a))
+    ways = ("top two blocks", "top two blocks", *part1.REMEDIES)
+    for name in ways:
+        run["label_curve"](0, plan={name: (name, 4, 1e-3)}, budgets=(4,), score_on="validation")
+    weights = [model.encoder.blocks[5].feed_forward.fc2.weight for model in ends]
+    assert torch.equal(weights[0], weights[1])  # of one seed all start and draw alike
+    for i, j in combinations(range(1, len(ways)), 2):
+        assert not torch.equal(weights[i], weights[j]), (ways[i], ways[j])
 
 
 def test_cached_blocks_give_the_accuracies_of_tokens(run, monkeypatch):
-    rates = {name: ONE[name] for name in ("linear probing", "top two blocks", "LP-FT, top two")}
-    cached = run["label_curve"](0, rates=rates, budgets=(4,))
+    names = ("top two blocks/4", "LP-FT, top two/4", "L2-SP, top two/4", "gradual unfreezing/4")
+    curve = partial(run["label_curve"], plan={name: PLAN[name] for name in names}, budgets=(4,))
+    cached = curve(0)
     whole = []
     monkeypatch.setattr(training, "cache_prefix", lambda model, X, **_: whole.append(X) or X)
-    tokens = run["label_curve"](0, rates=rates, budgets=(4,))
+    monkeypatch.setattr(part1, "pairs", cache(part1.pairs.__wrapped__))
+    tokens = curve(0)
     assert abs(cached.pop("margin") - tokens.pop("margin")) < DRIFT
-    assert cached == tokens and len(whole) == 2
+    assert cached == tokens and len(whole) == 4
 
 
 def test_rates_are_chosen_on_validation_rows_alone(monkeypatch):
-    best = {name: of[len(name) % len(of)] for name, of in RATES.items()}
+    tried = {**RATES, "linear probing": PENALTIES}
+    best = {name: of[(i + 1) % len(of)] for i, (name, of) in enumerate(tried.items())}
 
-    def planted(seed, *, texts, budgets, rates, score_on, folder):
+    def planted(seed, *, texts, plan, C, budgets, score_on, folder):
         assert (texts, score_on, folder) == ("documentation", "validation", "f")
-        [k] = budgets
+        assert budgets == (4,) and {k for _, k, _ in plan.values()} == {4}
+        found = dict(plan)
+        for c, column in tuning.columns("linear probing/4", C).items():
+            found[column] = ("linear probing", 4, c)
         scores = {
-            column: -abs(np.log(rate / best[name]))
-            for name, of in rates.items()
-            for rate, column in tuning.columns(f"{name}/{k}", of).items()
+            column: seed - abs(np.log(rate / best[name]))
+            for column, (name, _, rate) in found.items()
         }
         return scores | {"margin": 1.0 + seed}
 
     monkeypatch.setattr(part1, "label_curve", planted)
     chosen, means, margin = choose_rates("documentation", range(3), workers=1, folder="f")
     assert chosen == best and margin.tolist() == [1, 2, 3]
-    assert {name: tuple(of) for name, of in means.items()} == RATES
+    assert {name: tuple(of) for name, of in means.items()} == tried
+    assert all(means[name][rate] == 1 for name, rate in best.items())
+
+
+def test_the_rates_that_are_tried_are_those_that_are_trained_at(folder, monkeypatch):
+    trained = []
+    monkeypatch.setattr(part1, "tune", lambda *_, technique, lr: trained.append((technique, lr)))
+    chosen, means, _ = choose_rates("headlines", [5], workers=1, folder=folder)
+    assert trained == [(name, rate) for name, of in RATES.items() for rate in of]
+    assert {name: chosen[name] for name in RATES} == {name: of[0] for name, of in RATES.items()}
+    assert chosen.keys() == means.keys() == {*RATES, "linear probing"}
 
 
 def test_of_equal_settings_the_first_is_chosen_and_margins_come_back():
@@ -413,7 +487,7 @@ def test_settings_of_a_step_are_used_and_those_of_an_unknown_step_refused():
 
 
 def test_validation_and_test_rows_differ_and_an_unknown_set_is_refused(run):
-    curve = partial(run["label_curve"], rates={"linear probing": 0.3}, budgets=(4,))
+    curve = partial(run["label_curve"], plan={}, budgets=(4,))
     assert curve(0, score_on="validation") != curve(0)
     with pytest.raises(KeyError, match="tset"):
         curve(0, score_on="tset")
@@ -423,7 +497,7 @@ def test_a_smaller_budget_is_part_of_a_larger_one(run, monkeypatch):
     of, trained = Traced(monkeypatch), {}
     for k in (1, 4, 50):
         of.trained = trained[k] = set()
-        run["label_curve"](0, rates={"linear probing": 0.3}, budgets=(k,))
+        run["label_curve"](0, plan={}, budgets=(k,))
         trained[k] = of.trained
     assert trained[1] < trained[4] < trained[50] and len(trained[50]) == 250
 
@@ -458,13 +532,14 @@ def test_costs_are_those_of_what_is_trained(folder):
 
 def decisions(folder):
     """Run what is cheap of each study; return what is correct and the margin of every score."""
-    few = {name: ONE[name] for name in ("linear probing", "top two blocks", "LP-FT, top two")}
+    names = ("top two blocks/4", "LP-FT, top two/4", "L2-SP, top two/4", "gradual unfreezing/4")
+    few = {"plan": {name: PLAN[name] for name in names}, "budgets": (4,)}
+    packaged = {"plan": {"top/4": ("top two blocks", 4, 3e-4)}, "C": 0.3, "budgets": (4,)}
     run, found = studies(folder), {}
     cheap = {name: run[name] for name in ("published", "adaptation", "label shift")} | {
         "another seed": lambda seed: run["adaptation"](2),
-        "label_curve": partial(run["label_curve"], rates=few, budgets=(4,)),
-        "packaged": partial(part1.label_curve, texts="headlines", rates=few, budgets=(1,)),
-        "forgetting": partial(run["forgetting"], rates={"L2-SP": (3e-4,)}),
+        "label_curve": partial(run["label_curve"], **few),
+        "packaged": partial(part1.label_curve, texts="headlines", **packaged),
     }
 
     def kept(scores, *others):

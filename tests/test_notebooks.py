@@ -10,6 +10,7 @@ import nbformat
 import pytest
 import torch
 
+from helpers.data import headlines
 from helpers.execute import execute, parameters
 
 ROOT = Path(__file__).parent.parent
@@ -241,6 +242,24 @@ def test_a_notebook_keeps_its_form(path):
         defining += any(isinstance(n, ast.FunctionDef | ast.ClassDef) for n in body) and not tags
     assert defining <= 3, "what is reusable belongs in helpers"
     assert "get_num_threads() ==" in code[2].source
+
+
+def test_part_1_is_short_enough_to_be_read():
+    cells = nbformat.read(PART1, as_version=4).cells
+    words = sum(len(c.source.split()) for c in cells if c.cell_type == "markdown")
+    texts = [
+        o.data["text/markdown"]
+        for c in cells
+        for o in c.get("outputs", [])
+        if "text/markdown" in o.get("data", {})
+    ]
+    listed = sum(text.count("\n") for text in texts if "```python" in text)
+    assert len(cells) <= 60 and words <= 2_500 and listed <= 150
+
+
+def test_no_text_of_the_news_stands_in_a_stored_notebook():
+    stored = "\n".join(path.read_text(encoding="utf-8") for path in NOTEBOOKS)
+    assert [text for text in headlines().texts if text in stored] == []
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -137,11 +137,13 @@ def plot_bands(ax, x, curves):
         Drawn on a logarithmic axis.
     curves : dict of str to list of Summary
         One summary for each entry of `x`, or None where there is none; a single one has arms in
-        place of a band.
+        place of a band. Each curve is a little to the right of the one before, so that no marker
+        hides another.
     """
     for i, (name, curve) in enumerate(curves.items()):
         style = look(name, i) | dict(markersize=5, linewidth=1.6)
-        at = [(v, s) for v, s in zip(x, curve, strict=True) if s is not None]
+        aside = 1.05 ** (i - (len(curves) - 1) / 2)
+        at = [(v * aside, s) for v, s in zip(x, curve, strict=True) if s is not None]
         means, low, high = ([getattr(s, k) for _, s in at] for k in ("mean", "low", "high"))
         at = [v for v, _ in at]
         if len(at) > 1:
