@@ -1,1 +1,1 @@
-"""What the notebooks import: data, models, freezing, training, strategies, study, plotting."""
+"""What the notebooks import, a room each: data, models, training, peft, study, show."""
