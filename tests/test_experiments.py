@@ -440,13 +440,16 @@ def test_rates_are_chosen_on_validation_rows_alone(monkeypatch):
 
     def planted(seed, *, texts, plan, C, budgets, score_on, folder):
         assert (texts, score_on, folder) == ("documentation", "validation", "f")
-        assert budgets == (4,) and {k for _, k, _ in plan.values()} == {4}
+        assert budgets == (4, 16)
+        tried_at = {name: {k for n, k, _ in plan.values() if n == name} for name in RATES}
+        assert tried_at == {n: {4, 16} & {*part1.CURVE[n]} for n in RATES}
         found = dict(plan)
-        for c, column in tuning.columns("linear probing/4", C).items():
-            found[column] = ("linear probing", 4, c)
+        for k in budgets:
+            for c, column in tuning.columns(f"linear probing/{k}", C).items():
+                found[column] = ("linear probing", k, c)
         scores = {
-            column: seed - abs(np.log(rate / best[name]))
-            for column, (name, _, rate) in found.items()
+            column: seed - abs(np.log(rate / best[name])) * (0.5 if k == 4 else 1.5)
+            for column, (name, k, rate) in found.items()
         }
         return scores | {"margin": 1.0 + seed}
 
@@ -461,7 +464,12 @@ def test_the_rates_that_are_tried_are_those_that_are_trained_at(folder, monkeypa
     trained = []
     monkeypatch.setattr(part1, "tune", lambda *_, technique, lr: trained.append((technique, lr)))
     chosen, means, _ = choose_rates("headlines", [5], workers=1, folder=folder)
-    assert trained == [(name, rate) for name, of in RATES.items() for rate in of]
+    assert sorted(trained) == sorted(
+        (name, rate)
+        for name, of in RATES.items()
+        for rate in of
+        for _ in {4, 16} & {*part1.CURVE[name]}
+    )
     assert {name: chosen[name] for name in RATES} == {name: of[0] for name, of in RATES.items()}
     assert chosen.keys() == means.keys() == {*RATES, "linear probing"}
 

@@ -142,7 +142,7 @@ def plot_bands(ax, x, curves):
     """
     for i, (name, curve) in enumerate(curves.items()):
         style = look(name, i) | dict(markersize=5, linewidth=1.6)
-        aside = 1.05 ** (i - (len(curves) - 1) / 2)
+        aside = 1.08 ** (i - (len(curves) - 1) / 2)
         at = [(v * aside, s) for v, s in zip(x, curve, strict=True) if s is not None]
         means, low, high = ([getattr(s, k) for _, s in at] for k in ("mean", "low", "high"))
         at = [v for v, _ in at]

@@ -34,10 +34,17 @@ REMEDIES = ("LP-FT, top two", "L2-SP, top two", "gradual unfreezing")  # against
 RATES = {  # tried on validation rows; the head learns at 1e-3 or more
     "top two blocks": (1e-4, 3e-4, 1e-3),
     "LP-FT, top two": (3e-5, 1e-4, 1e-3),
-    "full fine-tuning": (1e-4, 1e-3),
+    "full fine-tuning": (3e-5, 1e-4, 1e-3),
 }
 
 PENALTIES = (0.03, 0.1, 0.3, 1.0)  # C of linear probing, tried on the same rows
+
+SIZES = {  # rows of each topic: to train on, and to score
+    "validation": {"train": 16, "validation": 16},
+    "test": {"train": max(BUDGETS), "test": 24},
+}
+
+TRIED = RATES | {"linear probing": PENALTIES}
 
 PROBE_C = 0.1  # of the logistic head that LP-FT starts from
 
@@ -50,7 +57,7 @@ def start(texts, folder=""):
     frozen and shared: copy before training.
     """
     folder = folder or models.bundled()
-    with torch.random.fork_rng(devices=[]):  # a process's first seed draws what later ones do
+    with reproducible(0):  # in float64 whoever calls first; its first seed draws what others do
         encoder = models.Encoder.from_pretrained(folder)
     training.freeze(encoder)
     rows = getattr(data, texts)()
@@ -93,10 +100,10 @@ def recall(queries, keys):
 
 
 def tune(model, X, y, *, technique, lr):
-    """Train a model's head and the blocks of a technique: 12 steps of up to 16 rows, or one epoch.
+    """Train a model's head and the blocks of a technique: about 12 steps of 16 rows, or an epoch.
 
-    The rate of the blocks is given, the head learns at 1e-3 or more. Gradual unfreezing takes as
-    many epochs, shared by its phases.
+    The rate of the blocks is given, the head learns at 1e-3 or more. Gradual unfreezing has one
+    rate for both, and as many epochs, shared by its phases.
     """
     first = FIRST[technique]
     training.freeze(model)
@@ -123,9 +130,9 @@ def from_scratch(model):
 
 @cache
 def pairs(folder=""):
-    """Return 60 stories no study trains on: their rows, headlines and articles by lowest block.
+    """Return 60 stories that no label curve of headlines draws: rows, and texts by lowest block.
 
-    From block 0 on they are tokens, from block 4 on cached rows.
+    These are headlines and articles: from block 0 on tokens, from block 4 on cached rows.
     """
     rows = data.draw(data.headlines().y, 0, pairs=12)["pairs"]
     found = [(some(start(texts, folder)[1], rows)) for texts in ("headlines", "articles")]
@@ -137,6 +144,22 @@ def retrieval(model, folder="", *, first=4):
     """Score which of 60 headlines find their own article; blocks below `first` are untouched."""
     training.freeze(model)
     return recall(*(training.extract_features(model, X) for X in pairs(folder)[1][first]))
+
+
+def _free(texts, y, score_on, folder):
+    """Return labels, -1 for rows that are kept back: those of `pairs`, and 40 of each topic.
+
+    Rates are chosen on these 40 alone, no other row's label is seen by them.
+    """
+    kept, free = data.draw(y, 1, kept=40)["kept"].flatten(), y.clone()
+    if score_on == "validation":
+        free[:] = -1
+        free[kept] = y[kept]
+    else:
+        free[kept] = -1
+    if texts == "headlines":
+        free[pairs(folder)[0].flatten()] = -1
+    return free
 
 
 def untouched(folder=""):
@@ -151,15 +174,12 @@ def label_curve(seed, *, texts, plan, C, budgets=BUDGETS, score_on="test", folde
     `plan` has for each column its technique, label budget and rate, which are varied, smaller
     samples being parts of larger ones; `texts` and `C`, the penalty or penalties of linear probing
     at all `budgets`, are fixed. Rates are chosen on "validation" rows, `score_on`. Returns in
-    percent the accuracies, by column; of headlines at 4 labels also ".../retrieval", after that
-    training; and "margin".
+    percent the accuracies, by column; of headlines at 4 labels, but from scratch, ".../retrieval"
+    after that training; and "margin".
     """
     with reproducible(seed):
         encoder, tokens, y, names = start(texts, folder)
-        if texts == "headlines":
-            y = y.clone()
-            y[pairs(folder)[0].flatten()] = -1
-        rows = data.draw(y, seed, train=max(BUDGETS), validation=20, test=24)
+        rows = data.draw(_free(texts, y, score_on, folder), seed, **SIZES[score_on])
         held, labels = some(tokens, rows[score_on]), y[rows[score_on].flatten()]
         base = models.TextClassifier(encoder, len(names))
         held = {0: held, 4: training.cache_prefix(base, held, first=4)}
@@ -187,16 +207,26 @@ def label_curve(seed, *, texts, plan, C, budgets=BUDGETS, score_on="test", folde
 
 
 def choose_rates(texts, seeds, *, workers=None, folder=""):
-    """Choose each technique's rate on validation rows at 4 labels of each topic.
+    """Choose each technique's rate on validation rows at 4 and, if it has that budget, 16 labels.
 
     The rate is varied over `RATES` and `PENALTIES`; `texts` is fixed; seeds are others than a
-    measurement's. Returns the best of each technique, and technique to rate to mean accuracy.
+    measurement's. Returns the best of each technique, technique to rate to mean accuracy, and each
+    seed's margin.
     """
-    tries = {name: columns(f"{name}/4", of) for name, of in RATES.items()}
-    plan = {column: (name, 4, rate) for name, of in tries.items() for rate, column in of.items()}
-    tries["linear probing"] = columns("linear probing/4", PENALTIES)
-    options = {"texts": texts, "plan": plan, "C": PENALTIES, "budgets": (4,), "folder": folder}
-    means, margin = try_settings(label_curve, tries, seeds, workers=workers, **options)
+    at = {name: [k for k in (4, 16) if k in CURVE.get(name, BUDGETS)] for name in TRIED}
+    tries = {(n, k): columns(f"{n}/{k}", TRIED[n]) for n, budgets in at.items() for k in budgets}
+    plan = {
+        column: (name, k, rate)
+        for (name, k), of in tries.items()
+        for rate, column in of.items()
+        if name in RATES
+    }
+    options = {"texts": texts, "plan": plan, "C": PENALTIES, "budgets": (4, 16), "folder": folder}
+    found, margin = try_settings(label_curve, tries, seeds, workers=workers, **options)
+    means = {
+        name: {rate: sum(found[name, k][rate] for k in at[name]) / len(at[name]) for rate in of}
+        for name, of in TRIED.items()
+    }
     return best(means), means, margin
 
 
