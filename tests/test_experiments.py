@@ -186,11 +186,15 @@ def test_no_row_is_both_trained_on_and_scored_nor_one_of_the_pairs(score_on, run
     of, drawn = Traced(monkeypatch), []
     draw = data.draw
     monkeypatch.setattr(data, "draw", lambda *a, **k: drawn.append(draw(*a, **k)) or drawn[-1])
-    run["label_curve"](0, score_on=score_on)
+    budgets = BUDGETS if score_on == "test" else (4, 16)
+    run["label_curve"](0, score_on=score_on, budgets=budgets)
     known = {row for row in of.trained | of.scored | of.retrieved if row is not None}
     assert known == of.trained | of.scored | of.retrieved and of.unknown == of.named
     sets = {set_: set(rows.flatten().tolist()) for d in drawn for set_, rows in d.items()}
-    assert sets.keys() == {"pairs", "train", "validation", "test"}
+    kept = sets.pop("kept")  # for choosing rates alone
+    used = sets["train"] | sets[score_on]
+    assert used <= kept if score_on == "validation" else not used & kept
+    assert sets.keys() == {"pairs", "train", score_on}
     assert of.trained == sets["train"] and of.scored == sets[score_on]
     assert of.retrieved == (sets["pairs"] if score_on == "test" else set())
     assert len(set.union(*sets.values())) == sum(map(len, sets.values()))  # disjoint
@@ -215,9 +219,12 @@ def test_the_stories_of_the_pairs_are_drawn_by_no_seed(monkeypatch, run):
         pass
 
     def planted(y, seed, **sizes):
+        if "kept" in sizes:
+            aside.update(draw(y, seed, **sizes)["kept"].flatten().tolist())
+            return draw(y, seed, **sizes)
         raise DrawnError(draw(y, seed, **sizes), y)
 
-    draw, curve = data.draw, run["label_curve"]
+    draw, curve, aside = data.draw, run["label_curve"], set()
     with reproducible(0):
         kept = set(part1.pairs(curve.keywords["folder"])[0].flatten().tolist())
     monkeypatch.setattr(data, "draw", planted)
@@ -226,7 +233,7 @@ def test_the_stories_of_the_pairs_are_drawn_by_no_seed(monkeypatch, run):
             curve(seed)
         sets, free = told.value.args
         assert not kept & {int(row) for rows in sets.values() for row in rows.flatten()}
-        assert set((free == -1).nonzero().flatten().tolist()) == kept
+        assert set((free == -1).nonzero().flatten().tolist()) == kept | aside
 
 
 @pytest.fixture
@@ -315,13 +322,14 @@ def test_a_label_curve_has_the_columns_of_its_plan(texts, score_on, folder, monk
     monkeypatch.setattr(part1, "tune", lambda *args, **options: None)
     options = {"texts": texts, "C": (0.3, 0.1), "score_on": score_on, "folder": folder}
     plan = {f"way {i}": (name, k, 0.1) for i, (name, k, _) in enumerate(PLAN.values())}
-    expected = ["zero labels/0"]
-    for k in BUDGETS:
+    budgets, expected = BUDGETS if score_on == "test" else (4, 16), ["zero labels/0"]
+    for k in budgets:
         expected += [f"linear probing/{k}, {C:g}" for C in (0.3, 0.1)]
         for column, name in [(column, name) for column, (name, at, _) in plan.items() if at == k]:
             told = k == 4 and (texts, score_on) == ("headlines", "test") and name != "from scratch"
             expected += [column, f"{column}/retrieval"][: 1 + told]
-    assert list(part1.label_curve(0, plan=plan, **options)) == [*expected, "margin"]
+    found = part1.label_curve(0, plan=plan, budgets=budgets, **options)
+    assert list(found) == [*expected, "margin"]
 
 
 def test_a_plan_has_the_curve_at_the_chosen_rates_and_of_headlines_the_remedies():

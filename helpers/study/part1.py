@@ -39,10 +39,7 @@ RATES = {  # tried on validation rows; the head learns at 1e-3 or more
 
 PENALTIES = (0.03, 0.1, 0.3, 1.0)  # C of linear probing, tried on the same rows
 
-SIZES = {  # rows of each topic: to train on, and to score
-    "validation": {"train": 16, "validation": 16},
-    "test": {"train": max(BUDGETS), "test": 24},
-}
+SCORED = {"validation": 16, "test": 24}  # rows of each topic
 
 TRIED = RATES | {"linear probing": PENALTIES}
 
@@ -179,7 +176,8 @@ def label_curve(seed, *, texts, plan, C, budgets=BUDGETS, score_on="test", folde
     """
     with reproducible(seed):
         encoder, tokens, y, names = start(texts, folder)
-        rows = data.draw(_free(texts, y, score_on, folder), seed, **SIZES[score_on])
+        sizes = {"train": max(budgets), score_on: SCORED[score_on]}
+        rows = data.draw(_free(texts, y, score_on, folder), seed, **sizes)
         held, labels = some(tokens, rows[score_on]), y[rows[score_on].flatten()]
         base = models.TextClassifier(encoder, len(names))
         held = {0: held, 4: training.cache_prefix(base, held, first=4)}
