@@ -144,9 +144,9 @@ def retrieval(model, folder="", *, first=4):
 
 
 def _free(texts, y, score_on, folder):
-    """Return labels, -1 for rows that are kept back: those of `pairs`, and 40 of each topic.
+    """Return labels, -1 for rows that may not be drawn: those of `pairs`, and 40 of each topic.
 
-    Rates are chosen on these 40 alone, no other row's label is seen by them.
+    Rates are chosen on these 40 alone, and nothing else is.
     """
     kept, free = data.draw(y, 1, kept=40)["kept"].flatten(), y.clone()
     if score_on == "validation":
