@@ -109,14 +109,14 @@ def test_counts_heads_and_prints_follow_the_parameters(sections, values, expecte
 
 def test_a_fall_is_printed_as_a_fall(sections):
     change = re.compile(r"(Improvement|Fall): ([+-]\d+\.\d)pp")
-    (found,) = filter(None, map(change.match, sections(earlier_runs=8, shift_scale=0.1)))
+    (found,) = filter(None, map(change.match, sections(adapt_fraction=0.02, shift_scale=0.0)))
     assert found[1] == "Fall" and float(found[2]) < 0
 
 
 OTHER = {
     PART1: (
         {"n_seeds": 3, "n_draws": 10, "n_classes": 2, "hidden": 8, "seed": 3, "workers": 1},
-        ["2 labels, from the trained head", "logits: 0 of "],
+        ["60 labels, from the trained head", "3 seeds", "logits: 0 of "],
     ),
     PART2: (
         {"n_seeds": 4, "tuning_seeds": 1, "epochs": 5, "per_class": 3, "r": 2, "seed": 3}
@@ -342,7 +342,7 @@ CLAIMS3 = [
     ("budgets-look", "budgets-table", r"^\| LoRA \| 67\..*\| 79\..*\| 74\.", 1),
     ("budgets-look", "budgets-table", r"^Linear probing, the head alone: 73\.", 1),
     ("budgets-look", "budgets-table", r"^\| (LoRA|DoRA) \|[^|]*\| 79\.", 2),
-    ("budgets-look", "budgets-table", r"1,792 minus full fine-tuning .* no significant", 1),
+    ("budgets-look", "budgets-table", r"1,792 minus full fine-tuning .* not told", 1),
     ("budgets-look", "budgets-table", r"^\| from scratch \|.*\| 82\.8 [^|]*▲ \|$", 1),
     ("fronts-look", "fronts", r": linear probing < .* < LoRA, 1,792 < LP-FT, 17,920$", 3),
     (
@@ -364,8 +364,8 @@ CLAIMS3 = [
     ("forgetting-look", "forgetting", r"^\| (LoRA, 1,792|full .*) \| 79\.\d.*\| (20|19)\.\d", 2),
     ("forgetting-look", "arithmetic-run", r"^\| adapter of turned \| 48\..*\| 69\.8", 1),
     ("turns-look", "turns-compare", r" better$", 5),
-    ("turns-look", "turns-compare", r"^turned .* one set of weights .* no significant", 1),
-    ("turns-look", "turns-compare", r"^noisy .* before it was trained .* no significant", 1),
+    ("turns-look", "turns-compare", r"^turned .* one set of weights .* not told", 1),
+    ("turns-look", "turns-compare", r"^noisy .* before it was trained .* not told", 1),
     (
         "arithmetic-look",
         "arithmetic-run",
