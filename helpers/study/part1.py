@@ -132,7 +132,7 @@ def pairs(folder=""):
     These are headlines and articles: from block 0 on tokens, from block 4 on cached rows.
     """
     rows = data.draw(data.headlines().y, 0, pairs=12)["pairs"]
-    found = [(some(start(texts, folder)[1], rows)) for texts in ("headlines", "articles")]
+    found = [some(start(texts, folder)[1], rows) for texts in ("headlines", "articles")]
     encoder = start("headlines", folder)[0]
     return rows, {0: found, 4: [training.cache_prefix(encoder, X, first=4) for X in found]}
 

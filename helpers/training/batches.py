@@ -110,10 +110,9 @@ def _labelled(X, y, *, name="data"):
 def _unpacked(batch):
     """Return inputs and labels: a dict's "labels" or "label", or the last of a tuple, or None."""
     if isinstance(batch, Mapping):
-        key = next((key for key in LABELS if key in batch), None)
-        return (
-            (batch, None) if key is None else ({k: batch[k] for k in batch if k != key}, batch[key])
-        )
+        if (key := next((key for key in LABELS if key in batch), None)) is None:
+            return batch, None
+        return {k: batch[k] for k in batch if k != key}, batch[key]
     if not isinstance(batch, list | tuple):
         return batch, None
     *x, y = batch if len(batch) > 1 else (*batch, None)
