@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from helpers.models import MLP, TinyTransformer
+from helpers.models import MLP, Encoder, TextClassifier, TinyTransformer
 from helpers.peft import (
     MixedBatch,
     adapter_state,
@@ -441,6 +441,18 @@ def test_a_mixed_batch_through_transformers_gpt2():
         rows = {None: base.eval()} | {n: m.eval() for n, m in models.items()}
         wanted = torch.cat([rows[n](x[i : i + 1]).logits for i, n in enumerate(names)])
     close(MixedBatch(base, models)(x, names, use_cache=False).logits, wanted)
+
+
+def test_a_mixed_batch_of_padded_texts():
+    encoder = Encoder(vocab=30, d=8, n_layers=2, n_heads=2, d_ff=12)
+    base = TextClassifier(encoder, 3)
+    models = {"a": lora(base), "b": lora(base, ["fc1", "q_proj"])}
+    mask = (torch.arange(6) < torch.tensor([6, 2, 4])[:, None]).long()
+    ids, names = torch.randint(30, (3, 6)), ["b", None, "a"]
+    rows = {None: base} | models
+    wanted = [rows[n](ids[i : i + 1], mask[i : i + 1]) for i, n in enumerate(names)]
+    close(MixedBatch(base, models)(ids, names, mask=mask), torch.cat(wanted).detach())
+    assert base.encoder.skips_padding
 
 
 def test_a_mixed_batch_shares_the_base_and_leaves_it_and_the_models_as_they_were():

@@ -348,6 +348,28 @@ def test_rows_that_have_no_position_or_no_vector_are_refused():
         model(torch.tensor([[1, -1, 2]]))
 
 
+@pytest.mark.parametrize("kind", ["plain", "LoRA", "prefix"])
+def test_skipping_padding_changes_neither_vectors_nor_gradients(kind):
+    model, (ids, mask), found = TextClassifier(small(), 3), tokens(), []
+    if kind == "LoRA":
+        inject_lora(model, ["q_proj", "fc2"], r=2, lora_alpha=4)
+    elif kind == "prefix":
+        inject_prefix(model, ["attention"], num_virtual_tokens=3, std=1.0)
+    seen = []
+    model.encoder.blocks[0].feed_forward.register_forward_hook(lambda m, x, y: seen.append(y.shape))
+    for skips in (True, False):
+        model.encoder.skips_padding = skips
+        logits = model(ids, mask)
+        model.zero_grad()
+        F.cross_entropy(logits, torch.tensor([0, 1, 2, 0])).backward()
+        grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        found.append([logits.detach(), *grads])
+    assert seen == [(int(mask.sum()), 20), (*mask.shape, 20)]
+    close(*found, 1e-13)
+    model.encoder.skips_padding = True
+    assert not model.encoder(ids, mask)[~mask.bool()].any()
+
+
 def test_dropout_is_on_in_train_mode_alone():
     (ids, mask), plain, dropping = tokens(), small(), small(dropout=0.3)
     dropping.load_state_dict(plain.state_dict())

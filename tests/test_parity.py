@@ -309,7 +309,8 @@ class TakesPrefix:
 
     def forward(self, x, *, prefix, attention_mask=None, cache=None, **kwargs):
         def update(*new, **_):  # what a cache does with keys and values, and a layer's number
-            return [torch.cat(pair, 2) for pair in zip(prefix, new[:2], strict=True)]
+            pairs = zip(prefix, new[:2], strict=True)
+            return [torch.cat([p.expand(len(t), -1, -1, -1), t], 2) for p, t in pairs]
 
         if attention_mask is not None:  # (B, 1, T, T), added to the scores
             attention_mask = F.pad(attention_mask, (prefix[0].shape[2], 0))

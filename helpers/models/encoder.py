@@ -37,18 +37,52 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(d, d)
 
     def forward(self, x, prefix=None, mask=None):
-        q, k, v = (
-            project(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, H, T, d/H)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if prefix is not None:  # prefix tuning's keys and values, each (B, H, P, d/H)
-            k, v = torch.cat([prefix[0], k], 2), torch.cat([prefix[1], v], 2)  # (B, H, P+T, d/H)
+        q, k, v = (project(x) for project in (self.q_proj, self.k_proj, self.v_proj))
+        if skipped := x.dim() == 2:  # (N, d), the tokens alone: they attend within their rows
+            q, k, v = (put_padding(t, mask) for t in (q, k, v))  # (B, T, d)
+        q, k, v = (t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        if prefix is not None:  # prefix tuning's keys and values, each (1, H, P, d/H)
+            pk, pv = (p.expand(len(k), -1, -1, -1) for p in prefix)
+            k, v = torch.cat([pk, k], 2), torch.cat([pv, v], 2)  # (B, H, P+T, d/H)
+        seen = None
         if mask is not None:
-            mask = F.pad(mask, (k.shape[2] - mask.shape[1], 0), value=1)  # (B, P+T)
-            mask = mask[:, None, None].bool()  # (B, 1, 1, P+T)
+            seen = F.pad(mask, (k.shape[2] - mask.shape[1], 0), value=1)  # (B, P+T)
+            seen = seen[:, None, None].bool()  # (B, 1, 1, P+T)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout)  # (B, H, T, d/H)
-        return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, T, d)
+        y = F.scaled_dot_product_attention(q, k, v, seen, dropout)  # (B, H, T, d/H)
+        y = y.transpose(1, 2).flatten(2)  # (B, T, d)
+        return self.out_proj(skip_padding(y, mask) if skipped else y)
+
+
+def skip_padding(x, mask):
+    """Return the vectors of the tokens alone, where `mask` is not 0.
+
+    Parameters
+    ----------
+    x : Tensor of shape (B, T, d)
+    mask : Tensor of shape (B, T)
+
+    Returns
+    -------
+    Tensor of shape (N, d)
+    """
+    return x.flatten(0, 1).index_select(0, mask.flatten().nonzero()[:, 0])
+
+
+def put_padding(x, mask):
+    """Return the tokens' vectors in their rows, zeros where `mask` is 0: undoes `skip_padding`.
+
+    Parameters
+    ----------
+    x : Tensor of shape (N, d)
+    mask : Tensor of shape (B, T)
+
+    Returns
+    -------
+    Tensor of shape (B, T, d)
+    """
+    y = x.new_zeros(mask.numel(), x.shape[-1]).index_copy(0, mask.flatten().nonzero()[:, 0], x)
+    return y.view(*mask.shape, -1)
 
 
 class FeedForward(nn.Module):
@@ -131,9 +165,9 @@ class Encoder(nn.Module):
     """Token ids to vectors, one for each token: embedding, then post-norm blocks (BERT).
 
     ``encoder(ids, mask)`` takes int64 ids and a mask of ones and, for padding, zeros, both of shape
-    (B, T), and returns (B, T, d). Tokens that a prompt puts before a row are attended to and left
-    out of what comes back. ``encoder(mask=mask, hidden=h, first=k)`` goes on at block k from h,
-    what that block reads.
+    (B, T), and returns (B, T, d), 0 at padding: with a mask, layers see the N tokens alone, (N, d).
+    Tokens that a prompt puts before a row are attended to and left out of what comes back.
+    ``encoder(mask=mask, hidden=h, first=k)`` goes on at block k from h, what that block reads.
 
     Parameters
     ----------
@@ -147,10 +181,17 @@ class Encoder(nn.Module):
         In train mode, after the embedding and in each block. BERT was trained with 0.1; the
         series fine-tunes without, for few steps.
 
+    Attributes
+    ----------
+    skips_padding : bool
+        True. Where it is False, layers see (B, T, d), as those that tell rows apart must.
+
     References
     ----------
     Devlin et al. (2019), section 3, arXiv:1810.04805.
     """
+
+    skips_padding = True
 
     def __init__(
         self,
@@ -176,8 +217,11 @@ class Encoder(nn.Module):
         T = h.shape[1] if ids is None else ids.shape[1]
         if mask is not None and h.shape[1] > mask.shape[1]:
             mask = F.pad(mask, (h.shape[1] - mask.shape[1], 0), value=1)  # (B, P+T)
+        skips = self.skips_padding and mask is not None
+        h = skip_padding(h, mask) if skips else h  # (N, d)
         for block in self.blocks[first:]:
             h = block(h, mask)
+        h = put_padding(h, mask) if skips else h
         return h[:, -T:]  # (B, T, d)
 
     @classmethod

@@ -263,7 +263,7 @@ class PrefixTuning(Adapter):
     ----------
     base : nn.Module
         An attention module with attributes `n_heads` and `d_head` whose ``forward(x, prefix)``
-        takes P_k and P_v, each of shape (B, n_heads, P, d_head).
+        takes P_k and P_v, each of shape (1, n_heads, P, d_head), the same for each row.
     num_virtual_tokens : int
         P.
     std : float, default=0.02
@@ -282,15 +282,14 @@ class PrefixTuning(Adapter):
         if not offered or not all(hasattr(base, name) for name in ("n_heads", "d_head")):
             raise ValueError(
                 f"{type(base).__name__} does not offer what prefix tuning needs: n_heads, d_head,"
-                " and forward(x, prefix) with keys and values of shape (B, n_heads, P, d_head)"
+                " and forward(x, prefix) with keys and values of shape (1, n_heads, P, d_head)"
             )
         super().__init__(base, num_virtual_tokens=num_virtual_tokens)
         shape = (2, base.n_heads, num_virtual_tokens, base.d_head)
         self.prefix = nn.Parameter(normal(shape, std, _like(base), generator))
 
     def adapted(self, x, *args, **kwargs):
-        prefix = self.prefix.to(x.dtype)
-        k, v = prefix[:, None].expand(-1, len(x), -1, -1, -1)  # each (B, H, P, d_head)
+        k, v = self.prefix.to(x.dtype)[:, None]  # each (1, H, P, d_head)
         return self.base(x, *args, prefix=(k, v), **kwargs)
 
 

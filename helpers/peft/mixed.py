@@ -73,6 +73,9 @@ class MixedBatch(nn.Module):
             return _PerRow(module, pairs, versions)
 
         replace(self.model, found, _make)
+        for module in self.model.modules():
+            if hasattr(module, "skips_padding"):
+                module.skips_padding = False  # layers must know rows
         freeze(self.eval())
 
     @torch.no_grad()
