@@ -37,49 +37,6 @@ def plot_memory(ax, parts):
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(components))
 
 
-def plot_page(ax, points, families):
-    """Draw accuracy against trainable parameters; a marker's area is the operations of a step.
-
-    Parameters
-    ----------
-    ax : Axes
-        In its final size: labels are placed where they overlap nothing.
-    points : dict of str to tuple of (int, Summary, float)
-        Of each method its trainable parameters, accuracy (%) and operations per step.
-    families : dict of str to str
-        Method to its family, which has a colour and a marker; at most 8 families.
-
-    Raises
-    ------
-    ValueError
-        If a method trains nothing: a logarithmic axis has no place for it.
-    """
-    if none := [name for name, (n, _, _) in points.items() if n < 1]:
-        raise ValueError(f"{none} train nothing, which a logarithmic axis cannot show")
-    most = max(operations for _, _, operations in points.values())
-    kinds = list(dict.fromkeys(families[name] for name in points))
-    for name, (n, s, operations) in points.items():
-        colour, marker = (c[kinds.index(families[name])] for c in (COLOURS, MARKERS))
-        arms = [[s.mean - s.low], [s.high - s.mean]]
-        ax.errorbar(n, s.mean, arms, color=colour, linewidth=1, alpha=0.7, zorder=2)
-        style = dict(color=colour, marker=marker, edgecolor="white", zorder=3)
-        ax.scatter(n, s.mean, s=200 * operations / most, **style)
-    styles = zip(kinds, COLOURS, MARKERS, strict=False)
-    dots = [ax.scatter([], [], s=50, color=c, marker=m, label=kind) for kind, c, m in styles]
-    rings = [
-        ax.scatter([], [], s=200 * share, color="none", edgecolor=LINE, label=f"{size:,.3g} MFLOP")
-        for share, size in ((share, share * most / 1e6) for share in (0.25, 0.5, 1))
-    ]
-    place = dict(borderaxespad=0.3, columnspacing=1.2, handletextpad=0.4)
-    left = dict(loc="lower left", bbox_to_anchor=(0, 1), ncols=-(-len(kinds) // 2))
-    right = dict(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, title="operations of a step")
-    ax.add_artist(ax.legend(handles=dots, **left, **place))
-    ax.legend(handles=rings, **right, **place)
-    ax.set(xscale="log", xlabel="trainable parameters", ylabel="accuracy (%)")
-    ax.margins(0.08)
-    _label(ax, {name: (n, s.mean) for name, (n, s, _) in points.items()})
-
-
 def _label(ax, places):
     """Write each name by its point: the nearest place where it and its leader cover nothing."""
     ax.figure.draw_without_rendering()  # settles the layout, so that places are known in points

@@ -21,6 +21,10 @@ LOOKS = {  # the colour and marker of a technique, the same in all parts
     "zero labels": 6,
     "gradual unfreezing": 6,
     "L2-SP": 7,
+    "BitFit": 6,
+    "adapters": 7,
+    "OFT": 3,
+    "DoRA": 2,
 }
 
 HATCHES = ["", "///", "...", "xxx", "---", "+++", "ooo", "|||"]
@@ -82,22 +86,29 @@ def plot_classes(ax, points, y, *, names=None, filled=True):
     ax.set(xlabel="first principal component", ylabel="second principal component")
 
 
-def plot_losses(ax, histories):
-    """Draw training loss against epoch, one line for each history.
+def plot_dots(ax, summaries, *, reference, notes=None):
+    """Draw one row for each technique, the best at the top: its mean and 95 % interval.
 
     Parameters
     ----------
     ax : Axes
-    histories : dict of str to dict
-        Label to what `helpers.training.train` returned.
+    summaries : dict of str to Summary
+    reference : str
+        The technique whose mean is a line through all rows.
+    notes : dict of str to str, optional
+        What is written after a technique's name.
     """
-    for (label, history), colour, dash in zip(
-        histories.items(), COLOURS, ["-", "--", "-.", ":"] * 2, strict=False
-    ):
-        epochs = range(1, len(history["loss"]) + 1)
-        ax.plot(epochs, history["loss"], dash, color=colour, linewidth=1.8, label=label)
-    ax.set(xlabel="epoch", ylabel="training loss (nats per row)", ylim=(0, None))
-    ax.legend()
+    order = sorted(summaries, key=lambda name: summaries[name].mean)
+    for row, name in enumerate(order):
+        s, style = summaries[name], look(name, 0)
+        arms = [[s.mean - s.low], [s.high - s.mean]]
+        ax.errorbar(
+            s.mean, row, xerr=arms, fmt=style["marker"], color=style["color"], linewidth=1.6
+        )
+    ax.axvline(summaries[reference].mean, color=LINE, linestyle=":", linewidth=1.2)
+    labels = [f"{name}  {(notes or {}).get(name, '')}".strip() for name in order]
+    ax.set(yticks=range(len(order)), yticklabels=labels, ylim=(-0.6, len(order) - 0.4))
+    ax.grid(False, axis="y")
 
 
 def plot_seeds(ax, results, *, marks=None):

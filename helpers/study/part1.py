@@ -67,6 +67,15 @@ def some(tokens, rows):
     return {name: t[rows.flatten()] for name, t in tokens.items()}
 
 
+def cached(model, X, first):
+    """Return rows as block `first` reads them, or tokens where that is the lowest."""
+    return training.cache_prefix(model, X, first=first) if first else X
+
+
+def _some_of(X, rows):
+    return X.like(some(X, rows)) if hasattr(X, "like") else some(X, rows)
+
+
 def embed(texts, rows, *, folder=""):
     """Return the encoder's features of some texts, in float64; nothing is trained or drawn."""
     with reproducible(0):
@@ -97,7 +106,7 @@ def recall(queries, keys):
 
 
 def tune(model, X, y, *, technique, lr):
-    """Train a model's head and the blocks of a technique: about 12 steps of 16 rows, or an epoch.
+    """Train a model's head and the blocks of a technique: 12 steps of 16 rows, or three epochs.
 
     The rate of the blocks is given, the head learns at 1e-3 or more. Gradual unfreezing has one
     rate for both, and as many epochs, shared by its phases.
@@ -107,7 +116,7 @@ def tune(model, X, y, *, technique, lr):
     training.unfreeze(*model.encoder.blocks[first:], model.head)
     if technique == "from scratch":
         from_scratch(model)
-    epochs = max(1, round(12 / math.ceil(len(y) / 16)))
+    epochs = max(3, round(12 / math.ceil(len(y) / 16)))
     if technique == "gradual unfreezing":
         stage = first + 1  # below it are the embedding and the other blocks
         training.gradual_unfreezing(model, X, y, lr=lr, epochs=epochs, down_to=stage, batch_size=16)
@@ -129,12 +138,12 @@ def from_scratch(model):
 def pairs(folder=""):
     """Return 60 stories that no label curve of headlines draws: rows, and texts by lowest block.
 
-    These are headlines and articles: from block 0 on tokens, from block 4 on cached rows.
+    These are headlines and articles: from block 0 on tokens, from blocks 3 and 4 on cached rows.
     """
     rows = data.draw(data.headlines().y, 0, pairs=12)["pairs"]
     found = [some(start(texts, folder)[1], rows) for texts in ("headlines", "articles")]
     encoder = start("headlines", folder)[0]
-    return rows, {0: found, 4: [training.cache_prefix(encoder, X, first=4) for X in found]}
+    return rows, {k: [cached(encoder, X, k) for X in found] for k in (0, 3, 4)}
 
 
 def retrieval(model, folder="", *, first=4):
@@ -143,7 +152,7 @@ def retrieval(model, folder="", *, first=4):
     return recall(*(training.extract_features(model, X) for X in pairs(folder)[1][first]))
 
 
-def _free(texts, y, score_on, folder):
+def free_labels(texts, y, score_on, folder):
     """Return labels, -1 for rows that may not be drawn: those of `pairs`, and 40 of each topic.
 
     Rates are chosen on these 40 alone, and nothing else is.
@@ -165,41 +174,48 @@ def untouched(folder=""):
         return retrieval(models.TextClassifier(start("headlines", folder)[0], 1), folder)
 
 
-def label_curve(seed, *, texts, plan, C, budgets=BUDGETS, score_on="test", folder=""):
+def label_curve(
+    seed, *, texts, plan, C, budgets=BUDGETS, score_on="test", train=tune, told=4, folder=""
+):
     """Train on a few labelled texts of each topic, in each way of `plan`.
 
     `plan` has for each column its technique, label budget and rate, which are varied, smaller
     samples being parts of larger ones; `texts` and `C`, the penalty or penalties of linear probing
-    at all `budgets`, are fixed. Rates are chosen on "validation" rows, `score_on`. Returns in
-    percent the accuracies, by column; of headlines at 4 labels, but from scratch, ".../retrieval"
-    after that training; and "margin".
+    at all `budgets`, are fixed, as are how to `train` and at which budget to score retrieval,
+    `told`. Rates are chosen on "validation" rows, `score_on`. Returns in percent the accuracies, by
+    column; of headlines at `told` labels, but from scratch, ".../retrieval" after that training;
+    and "margin".
     """
+    lowest = getattr(train, "first", FIRST.get)  # block of a technique
     with reproducible(seed):
         encoder, tokens, y, names = start(texts, folder)
         sizes = {"train": max(budgets), score_on: SCORED[score_on]}
-        rows = data.draw(_free(texts, y, score_on, folder), seed, **sizes)
-        held, labels = some(tokens, rows[score_on]), y[rows[score_on].flatten()]
-        base = models.TextClassifier(encoder, len(names))
-        held = {0: held, 4: training.cache_prefix(base, held, first=4)}
-        seen = training.extract_features(base, held[4])
+        rows = data.draw(free_labels(texts, y, score_on, folder), seed, **sizes)
+        base, labels = models.TextClassifier(encoder, len(names)), y[rows[score_on].flatten()]
+        firsts = sorted({4} | {lowest(name) for name, *_ in plan.values()})
+        held, whole = (
+            {first: cached(base, some(tokens, rows[of]), first) for first in firsts}
+            for of in (score_on, "train")
+        )
+        seen, frozen = (training.extract_features(base, of[4]) for of in (held, whole))
         scores = {"zero labels/0": zero_labels(texts, seen, labels, folder=folder)}
+        order = torch.arange(len(frozen)).view(len(names), -1)
         for k in budgets:
-            X, t = some(tokens, rows["train"][:, :k]), y[rows["train"][:, :k].flatten()]
-            X = {0: X, 4: training.cache_prefix(base, X, first=4)}
-            features = training.extract_features(base, X[4])
+            part = order[:, :k]  # of each topic's rows
+            t, features = y[rows["train"][:, :k].flatten()], frozen[part.flatten()]
             for c, column in columns(f"linear probing/{k}", C).items():
                 head = training.logistic_head(features, t, C=c)
                 scores[column] = training.score(head(seen), labels)
             for column, (name, at, rate) in plan.items():
                 if at != k:
                     continue
-                model, first = copy.deepcopy(base), FIRST[name]
-                if name.startswith("LP-FT"):
+                model, first = copy.deepcopy(base), lowest(name)
+                if train is not tune or name.startswith("LP-FT"):
                     model.head = training.logistic_head(features, t, C=PROBE_C)
-                tune(model, X[first], t, technique=name, lr=rate)
+                train(model, _some_of(whole[first], part), t, technique=name, lr=rate)
                 scores[column] = training.evaluate(model, held[first], labels)
-                told = k == 4 and texts == "headlines" and score_on == "test"
-                if told and name != "from scratch":
+                kept = k == told and texts == "headlines" and score_on == "test"
+                if kept and name != "from scratch":
                     scores[f"{column}/retrieval"] = retrieval(model, folder, first=first)
     return percent(scores)
 
@@ -242,26 +258,56 @@ def plan_of(texts, chosen):
     return plan
 
 
-def costs(*, folder=""):
+def blocks_from(first):
+    """Return a technique, a function of a model: it trains the blocks from `first` on."""
+
+    def _unfreeze(model, generator=None):
+        training.unfreeze(*model.encoder.blocks[first:])
+
+    _unfreeze.first = first
+    return _unfreeze
+
+
+WAYS = {
+    "linear probing": blocks_from(6),
+    "top two blocks": blocks_from(4),
+    "full fine-tuning": blocks_from(0),
+}
+
+
+def costs(ways=WAYS, *, folder=""):
     """Count a step on 16 headlines by each technique, in float32.
 
-    Returns rows of name, trained parameters, operations (forward, backward) and bytes of weights,
-    gradients, Adam's state and activations. Of linear probing, the features are there already.
+    Each of `ways` is a function of a model and a generator, with the lowest block that it changes
+    as its attribute ``first``. Returns rows of name, trained parameters, operations (forward,
+    backward) and bytes of `memory`. Of linear probing, the features are there already.
     """
-    encoder = models.Encoder.from_pretrained(folder or models.bundled())
+    rows = []
+    for name, way in ways.items():
+        model, X, y = _step(way, folder)
+        work, size = training.operations(model, X, y), sum(_memory(model, X, y).values())
+        rows.append((name, training.count_parameters(model).trainable, work, size))
+    return rows
+
+
+def memory(ways, *, folder=""):
+    """Return, for each of `ways`, the bytes of weights, gradients, Adam's state and activations."""
+    return {name: _memory(*_step(way, folder)) for name, way in ways.items()}
+
+
+def _step(way, folder):
+    """Return a model with a technique, and 16 headlines with labels, as its lowest block reads."""
+    encoder = models.Encoder.from_pretrained(folder or models.bundled()).float()
     tokens = models.Tokenizer(folder or models.bundled(), max_length=LENGTH["headlines"])
     X, y = tokens(data.headlines().texts[:16]), torch.zeros(16, dtype=torch.long)
-    rows = []
-    firsts = {"linear probing": 6, "top two blocks": 4, "full fine-tuning": 0}
-    for name, first in firsts.items():
-        model = models.TextClassifier(copy.deepcopy(encoder), 5)
-        training.freeze(model)
-        training.unfreeze(*model.encoder.blocks[first:], model.head)
-        on = training.cache_prefix(model, X, first=first)
-        count = training.count_parameters(model)
-        kept = training.activation_bytes(model, on, y)
-        memory = training.step_memory(*count, kept, weight=4, gradient=4, state=8)
-        rows.append(
-            (name, count.trainable, training.operations(model, on, y), sum(memory.values()))
-        )
-    return rows
+    model = models.TextClassifier(encoder, 5)
+    training.freeze(model)
+    way(model, torch.Generator().manual_seed(0))
+    training.unfreeze(model.head)
+    return model, cached(model, X, way.first), y
+
+
+def _memory(model, X, y):
+    kept = training.activation_bytes(model, X, y)
+    counts = training.count_parameters(model)
+    return training.step_memory(*counts, kept, weight=4, gradient=4, state=8)

@@ -7,7 +7,7 @@ import torch
 from torch.optim import Adam
 
 from helpers import models, peft, training
-from helpers.study import part2
+from helpers.study import digits, part2
 from helpers.study.seeds import percent, reproducible
 from helpers.study.tuning import best, columns, try_settings
 
@@ -113,7 +113,7 @@ def costs(*, epochs=40, configurations=CONFIGURATIONS, per_class=10):
     of each digit, of which a batch has at most 10. LP-FT's first phase, which on cached features
     costs less than a step, is left out. Returns a `Cost` for each name.
     """
-    (X, y), found = part2.samples(0, "turned", per_class=min(per_class, 10))["few"], {}
+    (X, y), found = digits.samples(0, "turned", per_class=min(per_class, 10))["few"], {}
     with reproducible(0):
         base = models.TinyTransformer()
         full = training.operations(part2.prepare(base, part2.everything), X, y)
@@ -186,8 +186,8 @@ def compare_budgets(
     `score_on`. Returns accuracies in percent on the target, "name", or "name, rate, steps" where
     there are several, and "name/source" on the source's images; "not adapted"; and "margin".
     """
-    rows = part2.samples(seed, target, per_class=per_class, most=most)
-    base, scores = part2.pretrained(seed), {}
+    rows = digits.samples(seed, target, per_class=per_class, most=most)
+    base, scores = digits.pretrained(seed), {}
     scored = {"": rows[score_on]} | ({"/source": rows["source test"]} if score_on == "test" else {})
 
     def _note(column, model):

@@ -4,7 +4,7 @@ import copy
 import math
 
 from helpers import peft, training
-from helpers.study import part2
+from helpers.study import digits, part2
 from helpers.study.part3 import FOUR_BIT, learn
 from helpers.study.seeds import percent, reproducible, stream
 from helpers.study.spectrum import linear_weights
@@ -19,8 +19,8 @@ def learn_in_turn(seed, *, rates, tasks=("noisy", "inverted", "turned"), steps=4
     "way/i/j", accuracy in percent on task j after learning i tasks, j = 0 being the source's
     images and i = 0 the pre-trained model; and "margin".
     """
-    base = part2.pretrained(seed)
-    rows = {task: part2.samples(seed, task, per_class=per_class) for task in tasks}
+    base = digits.pretrained(seed)
+    rows = {task: digits.samples(seed, task, per_class=per_class) for task in tasks}
     tests = [rows[tasks[0]]["source test"], *(r["test"] for r in rows.values())]
     scores = {}
     with reproducible(seed):
@@ -50,8 +50,8 @@ def combine_adapters(seed, *, lr, tasks=("inverted", "turned"), r=4, steps=40, p
     "distance", from the update of averaged A and B to the averaged update, in percent of the
     latter's Frobenius norm; and "margin".
     """
-    base = part2.pretrained(seed)
-    rows = {task: part2.samples(seed, task, per_class=per_class) for task in tasks}
+    base = digits.pretrained(seed)
+    rows = {task: digits.samples(seed, task, per_class=per_class) for task in tasks}
     tests = {"source": rows[tasks[0]]["source test"]} | {t: rows[t]["test"] for t in tasks}
     with reproducible(seed):
         trained = {}
@@ -84,8 +84,8 @@ def forget_digit(seed, *, lr, scales=(0.25, 0.5, 1.0), r=4, steps=40, per_class=
     rate, rank, steps and labels are fixed. Returns "scale/digit" and "scale/others", accuracy in
     percent on the source's test images of that digit and of the nine others; and "margin".
     """
-    base, digit = part2.pretrained(seed), seed % 10
-    rows = part2.samples(seed, "turned", per_class=per_class)
+    base, digit = digits.pretrained(seed), seed % 10
+    rows = digits.samples(seed, "turned", per_class=per_class)
     X, y = rows["source"]
     kept = (y == digit).nonzero()[:per_class, 0]
     X_test, y_test = rows["source test"]
@@ -108,7 +108,7 @@ def quantization_cost(seed):
     weights in percent of theirs, for "LoftQ, NF4" with s B A included; "code/accuracy", in percent
     on the source's test images, also of "full precision"; and "margin".
     """
-    base, test = part2.pretrained(seed), part2.samples(seed, "turned")["source test"]
+    base, test = digits.pretrained(seed), digits.samples(seed, "turned")["source test"]
     weights, scores, errors = linear_weights(base), {}, {}
     with reproducible(seed):
         for way, technique in FOUR_BIT.items():

@@ -5,19 +5,17 @@ import copy
 import numpy as np
 import torch
 
-from helpers import peft, training
+from helpers import peft
 from helpers.study import part2
+from helpers.study.seeds import reproducible
 
 
-def linear_weights(model):
-    """Return the weights of a transformer's linear layers in its blocks, adapters merged."""
+def weights(model):
+    """Return the query and value weights that the techniques of Part 2 change, adapters merged."""
     model = copy.deepcopy(model)
     peft.merge(model)
-    return {
-        name: module.weight.detach()
-        for name, module in model.blocks.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    }
+    names = part2.within(model, ["q_proj", "v_proj"], part2.TOP)
+    return {name: model.get_submodule(name).weight.detach() for name in names}
 
 
 def intruders(W, W0, *, k=8, threshold=0.6):
@@ -31,40 +29,28 @@ def intruders(W, W0, *, k=8, threshold=0.6):
     return int(((U[:, :k].T @ U0).abs().amax(1) < threshold).sum())
 
 
-def magnitude_and_direction(W, W0):
-    """Return how far the rows of W are from W0's in length and in direction, as means over rows.
+def update_spectrum(seed, *, rates, folder=""):
+    """Train techniques on 8 headlines of each topic and look at what they did to q and v.
 
-    They are the means of | ||w|| - ||w0|| | and of 1 - cos(w, w0) (Liu et al. 2024, section 3.2,
-    arXiv:2402.09353).
+    The technique is varied, each mergeable and at its learning rate in `rates`. Returns means over
+    the weight matrices: "technique/share", the percentage of the update's squared singular values
+    that the eight largest hold; "technique/size", its Frobenius norm in percent of the weight's;
+    "technique/intruders" among the eight leading directions.
     """
-    magnitude = (W.norm(dim=1) - W0.norm(dim=1)).abs().mean()
-    direction = (1 - torch.cosine_similarity(W, W0, dim=1)).mean()
-    return float(magnitude), float(direction)
-
-
-def update_spectrum(seed, *, target, rates, per_class=10, epochs=40):
-    """Train techniques and look at what they did to the weights of the blocks.
-
-    The technique is varied, each mergeable and at its learning rate in `rates`; fixed are `target`,
-    `per_class` and `epochs`. Returns means over the weight matrices: "technique/share", the
-    percentage of the update's squared singular values that the four largest hold;
-    "technique/size", its Frobenius norm in percent of the weight's; "technique/intruders" among
-    the eight leading directions.
-    """
-    rows, transferred = part2.samples(seed, target, per_class=per_class), part2.start(seed)
-    before, found = linear_weights(transferred), {}
-    for name, lr in rates.items():
-        part2.check_transferred(name)
-        model = part2.prepare(transferred, part2.TECHNIQUES[name], seed=seed)
-        part2.WAYS.get(name, training.fit)(model, *rows["few"], lr=lr, epochs=epochs)
-        after, looks = linear_weights(model), []
-        for layer, W0 in before.items():
-            energy = torch.linalg.svdvals(after[layer] - W0) ** 2
-            if not energy.sum() > 0:
-                raise ValueError(f"{name!r} leaves {layer!r} as it is: it has no update to look at")
-            size = (energy.sum() / (W0**2).sum()).sqrt()
-            looks.append((energy[:4].sum() / energy.sum(), size, intruders(after[layer], W0)))
-        share, size, count = np.mean(looks, axis=0)
-        found |= {f"{name}/share": 100 * share, f"{name}/size": 100 * size}
-        found[f"{name}/intruders"] = count
+    found, train = {}, part2.Train()
+    with reproducible(seed):
+        begin, (X, y), _ = part2.few(seed, folder=folder)
+        X, before = part2.part1.cached(begin, X, part2.TOP[0]), weights(begin)
+        for name, lr in rates.items():
+            model, looks = copy.deepcopy(begin), []
+            train(model, X, y, technique=name, lr=lr)
+            for layer, W in weights(model).items():
+                energy = torch.linalg.svdvals(W - before[layer]) ** 2
+                if not energy.sum() > 0:
+                    raise ValueError(f"{name!r} leaves {layer!r} as it is: no update to look at")
+                size = (energy.sum() / (before[layer] ** 2).sum()).sqrt()
+                looks.append((energy[:8].sum() / energy.sum(), size, intruders(W, before[layer])))
+            share, size, count = np.mean(looks, axis=0)
+            found |= {f"{name}/share": 100 * share, f"{name}/size": 100 * size}
+            found[f"{name}/intruders"] = count
     return found
