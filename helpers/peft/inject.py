@@ -191,12 +191,12 @@ def inject_prompt(model, targets, *, num_virtual_tokens=8, std=0.02, generator=N
     """Put trained vectors before the sequence that an embedding hands to the model.
 
     The model must take the longer sequence and read its result off the original tokens, as
-    `helpers.models.TinyTransformer` does from its ``embed``.
+    `helpers.models.Encoder` and `helpers.models.TinyTransformer` do from their ``embed``.
 
     Parameters
     ----------
     model, targets
-        As in `inject_lora`, but of modules that return (B, T, d).
+        As in `inject_lora`, but of modules that return (B, T, d) and tell d.
     num_virtual_tokens, std, generator
         As in `helpers.peft.PromptTuning`.
 

@@ -225,8 +225,9 @@ class PromptTuning(Adapter):
     Parameters
     ----------
     base : nn.Module
-        Embeds a sequence: a `torch.nn.Embedding`, or a module whose last linear layer has d
-        outputs. The model above it must accept P more tokens, and read its result off the others.
+        Embeds a sequence: a module whose attribute `embedding_dim` is d, such as
+        `torch.nn.Embedding`, or whose last linear layer has d outputs. The model above it must
+        accept P more tokens, and read its result off the others.
         A model of transformers goes by the length of its ``input_ids``: call the adapted embedding
         yourself and hand the model ``inputs_embeds``.
     num_virtual_tokens : int
@@ -243,7 +244,7 @@ class PromptTuning(Adapter):
 
     def __init__(self, base, num_virtual_tokens, *, std=0.02, generator=None):
         check_tokens(num_virtual_tokens)
-        d = base.embedding_dim if isinstance(base, nn.Embedding) else sizes(base)[1]
+        d = getattr(base, "embedding_dim", None) or sizes(base)[1]
         super().__init__(base, num_virtual_tokens=num_virtual_tokens)
         like = _like(base)
         self.prompt = nn.Parameter(normal((num_virtual_tokens, d), std, like, generator))
