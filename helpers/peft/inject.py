@@ -212,7 +212,7 @@ def inject_prompt(model, targets, *, num_virtual_tokens=8, std=0.02, generator=N
     for module in model.modules():
         held = any(isinstance(m, layers.PromptTuning) for m in module.modules())
         if held and {"input_ids", "attention_mask"} <= {*signature(module.forward).parameters}:
-            module.register_forward_pre_hook(layers.extend_mask, with_kwargs=True)
+            module.register_forward_pre_hook(layers.make_room, with_kwargs=True)
     return names
 
 
