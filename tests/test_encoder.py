@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from helpers.models import Encoder, TextClassifier, Tokenizer, bundled, checkpoint, stages
-from helpers.peft import inject_lora, inject_prefix, merge
+from helpers.peft import inject_lora, inject_prefix, inject_prompt, merge
 from helpers.study import reproducible
-from helpers.training import count_parameters, freeze, freeze_to
+from helpers.training import cache_prefix, count_parameters, freeze, freeze_to
 
 VOCAB, POSITIONS = 60, 16
 SIZE = dict(vocab_size=VOCAB, hidden_size=20, num_hidden_layers=2, intermediate_size=30)
@@ -348,14 +348,16 @@ def test_rows_that_have_no_position_or_no_vector_are_refused():
         model(torch.tensor([[1, -1, 2]]))
 
 
-@pytest.mark.parametrize("kind", ["plain", "LoRA", "prefix"])
+@pytest.mark.parametrize("kind", ["plain", "LoRA", "prefix", "prompt"])
 def test_skipping_padding_changes_neither_vectors_nor_gradients(kind):
     model, (ids, mask), found = TextClassifier(small(), 3), tokens(), []
     if kind == "LoRA":
         inject_lora(model, ["q_proj", "fc2"], r=2, lora_alpha=4)
     elif kind == "prefix":
         inject_prefix(model, ["attention"], num_virtual_tokens=3, std=1.0)
-    seen = []
+    elif kind == "prompt":
+        inject_prompt(model, ["embed"], num_virtual_tokens=3, std=1.0)
+    seen, more = [], 3 * (kind == "prompt")
     model.encoder.blocks[0].feed_forward.register_forward_hook(lambda m, x, y: seen.append(y.shape))
     for skips in (True, False):
         model.encoder.skips_padding = skips
@@ -364,7 +366,7 @@ def test_skipping_padding_changes_neither_vectors_nor_gradients(kind):
         F.cross_entropy(logits, torch.tensor([0, 1, 2, 0])).backward()
         grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         found.append([logits.detach(), *grads])
-    assert seen == [(int(mask.sum()), 20), (*mask.shape, 20)]
+    assert seen == [(int(mask.sum()) + 4 * more, 20), (4, 9 + more, 20)]
     close(*found, 1e-13)
     model.encoder.skips_padding = True
     assert not model.encoder(ids, mask)[~mask.bool()].any()
@@ -419,17 +421,6 @@ def test_an_encoder_takes_lora_and_merges_it():
     assert moved == [f"encoder.{name}.weight" for name in names]
 
 
-class Prompt(nn.Module):
-    """What puts tokens before a row, as `helpers.peft.PromptTuning` does."""
-
-    def __init__(self, base, n):
-        super().__init__()
-        self.base, self.prompt = base, nn.Parameter(torch.randn(n, 20))
-
-    def forward(self, ids):
-        return torch.cat([self.prompt.expand(len(ids), -1, -1), self.base(ids)], 1)
-
-
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
 def test_prompts_are_attended_to_and_padding_is_not(kind):
     model, (ids, mask) = TextClassifier(small(), 3), tokens()
@@ -437,10 +428,43 @@ def test_prompts_are_attended_to_and_padding_is_not(kind):
     if kind == "prefix":
         assert inject_prefix(model, ["attention"], num_virtual_tokens=3, std=1.0)
     else:
-        model.encoder.embed = Prompt(model.encoder.embed, 3)
+        assert inject_prompt(model, ["embed"], num_virtual_tokens=3, std=1.0) == ["encoder.embed"]
     padded = model(ids, mask)
     assert (padded - before).abs().amax(1).min() > 1e-3
     assert model.encoder(ids, mask).shape == (4, 9, 20)
     for i, n in enumerate(mask.sum(1)):
         close(model(ids[i : i + 1, :n], mask[i : i + 1, :n]), padded[i : i + 1])
         close(model(ids[i : i + 1, :n]), padded[i : i + 1])
+
+
+def test_a_prompt_in_an_encoder_of_transformers_is_left_out_of_the_mean():
+    config = hf.LlamaConfig(**SIZE, num_attention_heads=2, pad_token_id=0)
+    model, (ids, mask) = TextClassifier(hf.LlamaModel(config), 3), tokens()
+    before = model(ids, mask)
+    inject_prompt(model, ["embed_tokens"], num_virtual_tokens=3, std=1.0)
+    padded = model(ids, mask)
+    assert (padded - before).abs().amax(1).min() > 1e-3
+    for i, n in enumerate(mask.sum(1)):
+        close(model(ids[i : i + 1, :n], mask[i : i + 1, :n]), padded[i : i + 1], 1e-6)
+        close(model(ids[i : i + 1, :n]), padded[i : i + 1], 1e-6)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_rows_with_a_prompt_before_them_are_not_cached(trained):
+    model, (ids, mask) = TextClassifier(small(), 3), tokens()
+    freeze(model)
+    plain = cache_prefix(model, {"ids": ids, "mask": mask}, first=1)
+    inject_prompt(model, ["embed"], num_virtual_tokens=3)
+    if not trained:
+        freeze(model)
+    told = "'embed.prompt' is trainable" if trained else "a prompt comes before each row"
+    with pytest.raises(ValueError, match=told):
+        cache_prefix(model, {"ids": ids, "mask": mask})
+    with pytest.raises(ValueError, match=r"'embed(.prompt)?' is (trainable|not what it was)"):
+        plain.check(model)
+
+
+def test_a_prompt_is_refused_where_nothing_tells_the_width():
+    model = hf.BertModel(hf.BertConfig(**SIZE, num_attention_heads=2))
+    with pytest.raises(ValueError, match=r"'embeddings': BertEmbeddings .* ask embedding_dim"):
+        inject_prompt(model, ["embeddings"])

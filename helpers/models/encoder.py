@@ -142,6 +142,7 @@ class TokenEmbedding(nn.Module):
 
     def __init__(self, vocab, positions, segments, d, eps, dropout=0.0):
         super().__init__()
+        self.embedding_dim = d
         self.token = nn.Embedding(vocab, d)
         self.position = nn.Embedding(positions, d)
         self.segment = nn.Embedding(segments, d)
@@ -298,6 +299,7 @@ class TextClassifier(nn.Module):
             h = self.encoder(ids, mask, **prefix)
         else:
             h = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+            h = h[:, -ids.shape[1] :]  # a prompt's tokens come before
         if mask is None:
             return h.mean(1)
         weight = mask.to(h.dtype)[..., None]  # (B, T, 1)

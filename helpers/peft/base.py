@@ -180,7 +180,8 @@ def sizes(base):
     kinds = nn.Linear | QuantizedLinear
     layers = [m for m in base.modules() if isinstance(m, kinds) or is_conv1d(m)]
     if not layers:
-        raise ValueError(f"{type(base).__name__} has no linear layer that tells its widths")
+        told = "has no linear layer that tells its widths (a prompt can ask embedding_dim instead)"
+        raise ValueError(f"{type(base).__name__} {told}")
     first, last = (matrix(layer).shape for layer in (layers[0], layers[-1]))
     return first[1], last[0]
 

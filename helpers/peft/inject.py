@@ -191,12 +191,12 @@ def inject_prompt(model, targets, *, num_virtual_tokens=8, std=0.02, generator=N
     """Put trained vectors before the sequence that an embedding hands to the model.
 
     The model must take the longer sequence and read its result off the original tokens, as
-    `helpers.models.TinyTransformer` does from its ``embed``.
+    `helpers.models.Encoder` and `helpers.models.TinyTransformer` do from their ``embed``.
 
     Parameters
     ----------
     model, targets
-        As in `inject_lora`, but of modules that return (B, T, d).
+        As in `inject_lora`, but of modules that return (B, T, d) and tell d.
     num_virtual_tokens, std, generator
         As in `helpers.peft.PromptTuning`.
 
@@ -212,7 +212,7 @@ def inject_prompt(model, targets, *, num_virtual_tokens=8, std=0.02, generator=N
     for module in model.modules():
         held = any(isinstance(m, layers.PromptTuning) for m in module.modules())
         if held and {"input_ids", "attention_mask"} <= {*signature(module.forward).parameters}:
-            module.register_forward_pre_hook(layers.extend_mask, with_kwargs=True)
+            module.register_forward_pre_hook(layers.make_room, with_kwargs=True)
     return names
 
 

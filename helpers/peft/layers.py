@@ -225,10 +225,9 @@ class PromptTuning(Adapter):
     Parameters
     ----------
     base : nn.Module
-        Embeds a sequence: a `torch.nn.Embedding`, or a module whose last linear layer has d
-        outputs. The model above it must accept P more tokens, and read its result off the others.
-        A model of transformers goes by the length of its ``input_ids``: call the adapted embedding
-        yourself and hand the model ``inputs_embeds``.
+        Embeds a sequence: a module whose attribute `embedding_dim` is d, such as
+        `torch.nn.Embedding`, or whose last linear layer has d outputs. The model above it must
+        accept P more tokens, and read its result off the others.
     num_virtual_tokens : int
         P.
     std : float, default=0.02
@@ -243,7 +242,7 @@ class PromptTuning(Adapter):
 
     def __init__(self, base, num_virtual_tokens, *, std=0.02, generator=None):
         check_tokens(num_virtual_tokens)
-        d = base.embedding_dim if isinstance(base, nn.Embedding) else sizes(base)[1]
+        d = getattr(base, "embedding_dim", None) or sizes(base)[1]
         super().__init__(base, num_virtual_tokens=num_virtual_tokens)
         like = _like(base)
         self.prompt = nn.Parameter(normal((num_virtual_tokens, d), std, like, generator))
@@ -293,10 +292,11 @@ class PrefixTuning(Adapter):
         return self.base(x, *args, prefix=(k, v), **kwargs)
 
 
-def extend_mask(model, args, kwargs):
-    """Put ones before a mask, for the tokens that a prompt puts before the others.
+def make_room(model, args, kwargs):
+    """Hand a model the tokens with the prompt before them, and a mask with ones before it.
 
-    A forward pre-hook: `transformers` would pad a mask that is too short at its end.
+    A forward pre-hook: models of `transformers` may go by the length of their ``input_ids``, and
+    would pad a mask that is too short at its end.
 
     Parameters
     ----------
@@ -317,10 +317,13 @@ def extend_mask(model, args, kwargs):
     ids, mask = given.get("input_ids"), given.get("attention_mask")
     if extra := [n for n in ("past_key_values", "position_ids") if given.get(n) is not None]:
         raise ValueError(f"a prompt goes before whole sequences: call the model without {extra}")
-    if ids is None or mask is None or mask.shape[1:] != ids.shape[1:]:
+    if ids is None:
         return None
-    ones = mask.new_ones(len(mask), prompts[0].settings["num_virtual_tokens"])
-    given["attention_mask"] = torch.cat([ones, mask], 1)
+    if mask is not None and mask.shape[1:] == ids.shape[1:]:
+        ones = mask.new_ones(len(mask), prompts[0].settings["num_virtual_tokens"])
+        given["attention_mask"] = torch.cat([ones, mask], 1)
+    if getattr(model, "get_input_embeddings", lambda: None)() is prompts[0]:
+        given |= dict(input_ids=None, inputs_embeds=prompts[0](ids))
     return (), given
 
 

@@ -101,6 +101,8 @@ def cache_prefix(model, X, *, first=None, batch_size=256, device="auto"):
 
     def _run(batch):
         h = bottom["embed"](batch["ids"])  # (B, T, d)
+        if h.shape[:2] != batch["ids"].shape:
+            raise ValueError("a prompt comes before each row, cached rows have none: train on X")
         for block in bottom["blocks"]:
             h = block(h, batch.get("mask"))
         return h
