@@ -469,6 +469,11 @@ def rank_differs(model):  # the same tensors, another rank
         inject.inject_lora(block, ["q_proj"], r=4 + i)
 
 
+def frozen_rank_differs(model):
+    rank_differs(model)
+    freeze(model)
+
+
 def place_differs(model):
     for block, name in zip(model.encoder.blocks[1:], ["q_proj", "v_proj"], strict=True):
         inject.inject_lora(block, [name])
@@ -486,6 +491,7 @@ def around_a_block(model):
     (lambda m: unfreeze(m.encoder.blocks[1].norm2), "blocks differ"),
     (block_differs, "blocks differ"),
     (rank_differs, "blocks differ"),
+    (frozen_rank_differs, "blocks differ"),
     (place_differs, "blocks differ"),
     (another_kind, "no drawing of Other at 'norm1'"),
     (around_a_block, r"no drawing of BottleneckAdapter at 'blocks\.1'"),
