@@ -6,13 +6,12 @@ import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pytest
-import torch
 from matplotlib.colors import same_color, to_hex
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.text import Text
 
-from helpers.models import MLP, TinyTransformer
-from helpers.peft import Adapter, BottleneckAdapter, inject
+from helpers.models import MLP, Encoder, TextClassifier, TinyTransformer
+from helpers.peft import Adapter, inject, layers
 from helpers.show import costs, drawings, figures, tables
 from helpers.study import Comparison, Summary, part1, summarize
 from helpers.training import freeze, unfreeze
@@ -181,27 +180,50 @@ def test_tables_are_markdown(shown):
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 PARALLEL = {"reduction_factor": 4, "parallel": True}
+
+
+def top(model):
+    return model.encoder.blocks[1:]
+
+
+def lora_everywhere(model):
+    inject.inject_lora(model, [*LINEAR, "head"], r=4)
+
+
 TECHNIQUES = {  # how to inject it, and the symbols that must be drawn
     "probing": (lambda m: None, ""),
     "full": (unfreeze, ""),
-    "LoRA on q, v": (lambda m: inject.inject_lora(m, ["q_proj", "v_proj"]), "BA" * 2),
-    "LoRA": (lambda m: inject.inject_lora(m, LINEAR), "BA" * 6),
-    "LoRA everywhere": (lambda m: inject.inject_lora(m, ["project", *LINEAR, "head"]), "BA" * 8),
-    "DoRA": (lambda m: inject.inject_dora(m, LINEAR), "mBA" * 6),
-    "VeRA": (lambda m: inject.inject_vera(m, LINEAR), "vBuA" * 6),
-    "OFT": (lambda m: inject.inject_oft(m, LINEAR), "R" * 6),
-    "IA3": (lambda m: inject.inject_ia3(m, ["k_proj", "v_proj"], feedforward=["fc2"]), "lll"),
-    "Houlsby": (lambda m: inject.inject_adapter(m, ["out_proj", "fc2"]), "UD" * 2),
-    "parallel": (lambda m: inject.inject_adapter(m, ["feed_forward"], **PARALLEL), "UD"),
+    "top two": (lambda m: unfreeze(top(m)), ""),
+    "LoRA on q, v": (lambda m: inject.inject_lora(top(m), ["q_proj", "v_proj"]), "BA" * 2),
+    "LoRA": (lambda m: inject.inject_lora(top(m), LINEAR), "BA" * 6),
+    "LoRA everywhere": (lora_everywhere, "BA" * 7),
+    "DoRA": (lambda m: inject.inject_dora(m, [*LINEAR, "head"], r=4), "mBA" * 7),
+    "VeRA": (lambda m: inject.inject_vera(top(m), LINEAR), "vBuA" * 6),
+    "OFT": (lambda m: inject.inject_oft(top(m), LINEAR), "R" * 6),
+    "IA3": (
+        lambda m: inject.inject_ia3(top(m), ["k_proj", "v_proj"], feedforward=["fc2"]),
+        "lll",
+    ),
+    "Houlsby": (lambda m: inject.inject_adapter(top(m), ["out_proj", "fc2"]), "UD" * 2),
+    "Pfeiffer": (lambda m: inject.inject_adapter(top(m), ["fc2"]), "UD"),
+    "parallel": (lambda m: inject.inject_adapter(top(m), ["feed_forward"], **PARALLEL), "UD"),
     "parallel, both": (
-        lambda m: inject.inject_adapter(m, ["attention", "feed_forward"], **PARALLEL),
+        lambda m: inject.inject_adapter(top(m), ["attention", "feed_forward"], **PARALLEL),
         "UD" * 2,
     ),
-    "BitFit": (inject.inject_bitfit, "b" * 8 + "β" * 3),
+    "BitFit": (inject.inject_bitfit, "b" * 7 + "β" * 3),
+    "BitFit on top": (lambda m: inject.inject_bitfit(top(m)), "b" * 6 + "β" * 2),
     "LayerNorm": (inject.inject_layer_norm, ["γ, β"] * 3),
+    "LayerNorm on top": (lambda m: inject.inject_layer_norm(top(m)), ["γ, β"] * 2),
     "prompt": (lambda m: inject.inject_prompt(m, ["embed"]), "P"),
-    "prefix": (lambda m: inject.inject_prefix(m, ["attention"]), ["P_k", "P_v"]),
+    "prefix": (lambda m: inject.inject_prefix(top(m), ["attention"]), ["P_k", "P_v"]),
 }
+
+
+@pytest.fixture(autouse=True)
+def embedding_tells_its_width(monkeypatch):  # until `PromptTuning` reads `embedding_dim` itself
+    sizes = layers.sizes
+    monkeypatch.setattr(layers, "sizes", lambda m: (32, 32) if hasattr(m, "token") else sizes(m))
 
 
 @pytest.fixture
@@ -212,9 +234,14 @@ def wide():
     plt.close(fig)
 
 
-def injected(technique, n_layers=2):
-    model = TinyTransformer(n_layers=n_layers)
+def classifier(n_layers=3):
+    model = TextClassifier(Encoder(vocab=9, d=32, n_layers=n_layers, n_heads=4, d_ff=64), 4)
     freeze(model)
+    return model
+
+
+def injected(technique, n_layers=3):
+    model = classifier(n_layers)
     TECHNIQUES[technique][0](model)
     unfreeze(model.head)
     return model
@@ -261,13 +288,20 @@ def test_each_technique_is_drawn_whole_and_nothing_overlaps(wide, technique):
     )
     assert min(t.get_fontsize() for t in texts) >= 8
     _, *small = [p for p in wide.patches if isinstance(p, FancyBboxPatch)]
-    if technique in ("BitFit", "LayerNorm"):  # strips lie in the boxes, other adapters outside
+    if technique.startswith(
+        ("BitFit", "LayerNorm")
+    ):  # strips lie in the boxes, other adapters outside
         outer = [box.get_bbox() for box in boxes(wide).values()]
         for strip in small:
             corners = strip.get_bbox().get_points()
             assert any(all(box.contains(*corner) for corner in corners) for box in outer)
     else:
-        assert_apart([*small, *boxes(wide).values(), softmax(wide)])
+        dots = [t for t in wide.texts if t.get_text() == "⋯"]
+        sums = [line for line in wide.lines if line.get_marker() == "o"]
+        tokens = [p for p in wide.patches if p.get_width() == 7]
+        plain = [p for p in wide.patches if same_color(p.get_facecolor(), "white")]
+        assert len(plain) == 2  # softmax and mean
+        assert_apart([*small, *boxes(wide).values(), *plain, *dots, *sums, *tokens])
     for box in boxes(wide).values():
         label = box.get_gid().rpartition(".")[2]
         [name] = extents(t for t in wide.texts if t.get_text() == label)
@@ -275,37 +309,37 @@ def test_each_technique_is_drawn_whole_and_nothing_overlaps(wide, technique):
     assert wide.get_legend().get_texts()[0].get_text() == "trained"
 
 
-def softmax(ax):
-    [patch] = [p for p in ax.patches if same_color(p.get_facecolor(), "white")]
-    return patch
+def orange(ax):
+    return {name for name, box in boxes(ax).items() if same_color(box.get_facecolor(), "#E69F00")}
 
 
-def test_layers_are_orange_where_they_are_trained_and_hatched_where_not(wide):
-    model = injected("LoRA")
-    for block in model.blocks:
-        unfreeze(block.norm1)
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_orange_is_what_is_trained(wide, technique):
+    model = injected(technique)
     drawings.plot_injected(wide, model)
-    drawn = {
-        name: (to_hex(b.get_facecolor()).upper(), b.get_hatch()) for name, b in boxes(wide).items()
-    }
-    trained = {name for name, look in drawn.items() if look == (drawings.TRAINED, None)}
-    frozen = {name for name, look in drawn.items() if look == (drawings.FROZEN, "////")}
-    assert trained == {"blocks.0.norm1", "head"} and len(frozen) == 9
+    trained = [n.replace(".base.", ".") for n, p in model.named_parameters() if p.requires_grad]
+    plain = [n for n in trained if n.endswith((".weight", ".bias"))]  # not up_weight, tuned_bias
+    layers_ = {box for box in drawings.BOXES for n in plain if f".{box}." in f".{n}"}
+    assert orange(wide) == layers_
+    hatched = {name for name, box in boxes(wide).items() if box.get_hatch() == "////"}
+    assert hatched == drawings.BOXES.keys() - layers_
+    colours = {(s, colour_at(wide, x, y)) for s, x, y in symbols(wide) if "P" not in s}
+    grey = {s for s, colour in colours if colour == drawings.FROZEN}
+    assert grey == ({"A", "B"} if technique == "VeRA" else set())
+    assert {s for s, c in colours if c == drawings.TRAINED} == {s for s, _ in colours} - grey
+    tokens = [p for p in wide.patches if p.get_width() == 7]
+    assert all(same_color(p.get_facecolor(), drawings.TRAINED) for p in tokens)
+    assert len(tokens) == 3 * sum("P" in s for s, *_ in symbols(wide))
 
 
-@pytest.mark.parametrize(
-    "technique, n", [("probing", 1), ("full", 11), ("BitFit", 1), ("prompt", 1)]
-)
-def test_what_an_adapter_adds_leaves_its_layer_frozen(wide, technique, n):
-    drawings.plot_injected(wide, injected(technique))
-    assert sum(b.get_hatch() is None for b in boxes(wide).values()) == n
-
-
-def test_only_the_vectors_of_vera_are_orange(wide):
-    drawings.plot_injected(wide, injected("VeRA"))
-    colours = {(s, colour_at(wide, x, y)) for s, x, y in symbols(wide)}
-    grey, orange = drawings.FROZEN, drawings.TRAINED
-    assert colours == {("v", orange), ("B", grey), ("u", orange), ("A", grey)}
+def test_layers_trained_beside_an_adapter_are_orange(wide):
+    model = injected("LoRA")
+    for block in top(model):
+        unfreeze(block.norm1)
+    unfreeze(model.encoder.embed.position)
+    freeze(model.head)
+    drawings.plot_injected(wide, model)
+    assert orange(wide) == {"norm1", "embed"}
 
 
 @pytest.mark.parametrize("technique", ["LoRA", "OFT", "IA3", "Houlsby", "BitFit"])
@@ -331,16 +365,16 @@ def places(ax, technique, name):
 
 
 @pytest.mark.parametrize("technique, name, symbol, side", [
-    ("LoRA", "blocks.0.feed_forward.fc2", "A", "under"),
-    ("VeRA", "blocks.0.attention.out_proj", "v", "under"),
-    ("DoRA", "blocks.0.attention.out_proj", "B", "under"),
-    ("DoRA", "blocks.0.attention.out_proj", "m", "after"),
-    ("OFT", "blocks.0.attention.out_proj", "R", "before"),
-    ("IA3", "blocks.0.feed_forward.fc2", "l", "before"),
-    ("IA3", "blocks.0.attention.v_proj", "l", "after"),
-    ("Houlsby", "blocks.0.feed_forward.fc2", "U", "after"),
+    ("LoRA", "feed_forward.fc2", "A", "under"),
+    ("VeRA", "attention.out_proj", "v", "under"),
+    ("DoRA", "attention.out_proj", "B", "under"),
+    ("DoRA", "attention.out_proj", "m", "after"),
+    ("OFT", "attention.out_proj", "R", "before"),
+    ("IA3", "feed_forward.fc2", "l", "before"),
+    ("IA3", "attention.v_proj", "l", "after"),
+    ("Houlsby", "feed_forward.fc2", "U", "after"),
     ("prompt", "embed", "P", "under"),
-    ("prefix", "blocks.0.attention.v_proj", "P_v", "under"),
+    ("prefix", "attention.v_proj", "P_v", "under"),
 ])  # fmt: skip
 def test_adapters_are_where_their_class_puts_them(wide, technique, name, symbol, side):
     x, y = places(wide, technique, name)[symbol]
@@ -356,45 +390,124 @@ def test_a_parallel_adapter_spans_what_it_wraps(wide):
         w for w in wide.lines if w.get_color() == drawings.TRAINED and len(w.get_xdata()) == 4
     ]
     xs, ys = line.get_data()
-    fc1, fc2 = (drawings.BOXES[f"blocks.0.feed_forward.{name}"] for name in ("fc1", "fc2"))
+    fc1, fc2 = (drawings.BOXES[f"feed_forward.{name}"] for name in ("fc1", "fc2"))
     assert xs[0] == xs[1] < fc1[0] and xs[2] == xs[3] > fc2[1] and ys[0] == ys[3] == 0
     (_, up, y), (_, down, _) = symbols(wide)
     assert fc1[1] < up < down < fc2[0] and y == ys[1] == ys[2] < -8
 
 
-@pytest.mark.parametrize(
-    "n, text", [(1, "block 1 of 1"), (3, "block 1 of 3, same for the other blocks")]
-)
-def test_the_first_block_stands_for_all(wide, n, text):
-    drawings.plot_injected(wide, injected("Houlsby", n_layers=n))
+ALL_BUT_ONE = "block 2 of 4, same for blocks 3 and 4; block 1: frozen"
+
+
+@pytest.mark.parametrize("n, adapted, text, dots", [
+    (1, [0], "block 1 of 1", ""),
+    (2, [1], "block 2 of 2; block 1: frozen", "<"),
+    (4, [0], "block 1 of 4; blocks 2 to 4: frozen", ">"),
+    (4, [1], "block 2 of 4; blocks 1 and 3 and 4: frozen", "<>"),
+    (4, [1, 2, 3], ALL_BUT_ONE, "<>"),
+    (4, [0, 1, 2, 3], "block 1 of 4, same for blocks 2 to 4", ">"),
+    (6, [4, 5], "block 5 of 6, same for block 6; blocks 1 to 4: frozen", "<>"),
+    (4, [], "block 4 of 4, same for blocks 1 to 3", "<"),
+])  # fmt: skip
+def test_the_first_adapted_block_stands_for_all(wide, n, adapted, text, dots):
+    model = classifier(n)
+    if adapted:
+        inject.inject_adapter(model, [f"blocks.{i}.attention.out_proj" for i in adapted])
+    drawings.plot_injected(wide, model)
     assert text in [t.get_text() for t in wide.texts]
-    assert ("⋯" in [t.get_text() for t in wide.texts]) == (n > 1)
+    assert len(symbols(wide)) == 2 * bool(adapted)
+    [frame, *_] = [p.get_bbox() for p in wide.patches if isinstance(p, FancyBboxPatch)]
+    places = [t.get_position()[0] for t in wide.texts if t.get_text() == "⋯"]
+    assert sorted("<" if x < frame.x0 else ">" for x in places) == sorted(dots)
+    assert not any(frame.x0 < x < frame.x1 for x in places)
+
+
+@pytest.mark.parametrize("trained, text", [
+    ([2, 3], "block 4 of 4, same for block 3; blocks 1 and 2: frozen"),
+    ([0, 1, 2, 3], "block 4 of 4, same for blocks 1 to 3"),
+])  # fmt: skip
+def test_without_adapters_the_last_block_is_drawn(wide, trained, text):
+    model = classifier(4)
+    unfreeze(*(model.encoder.blocks[i] for i in trained))
+    drawings.plot_injected(wide, model)
+    assert text in [t.get_text() for t in wide.texts]
+    assert orange(wide) == drawings.BOXES.keys() - {"embed", "head"}
+
+
+def test_each_norm_follows_its_sum(wide):
+    drawings.plot_injected(wide, injected("probing"))
+    sums = [line.get_xdata()[0] for line in wide.lines if line.get_marker() == "+"]
+    forks = [w.get_xdata() for w in wide.lines if w.get_ydata().tolist() == [0, 54, 54, 0]]
+    box = {name: (left, right) for name, (left, right, _) in drawings.BOXES.items()}
+    order = [
+        (forks[0][0], box["attention.q_proj"][0], box["attention.out_proj"][1], sums[0]),
+        (sums[0], *box["norm1"], forks[1][0], box["feed_forward.fc1"][0]),
+        (box["feed_forward.fc2"][1], sums[1], *box["norm2"], box["head"][0]),
+    ]
+    assert order == [tuple(sorted(places)) for places in order]
+    assert [x[-1] for x in forks] == sums
+
+
+def test_an_encoder_alone_has_no_head(wide):
+    drawings.plot_injected(wide, injected("LoRA").encoder)
+    assert boxes(wide).keys() == drawings.BOXES.keys() - {"head"}
+    assert not {"mean", "head"} & {t.get_text() for t in wide.texts}
+    assert sorted(s for s, *_ in symbols(wide)) == sorted("BA" * 6)
 
 
 class Other(Adapter):
     pass
 
 
-def test_what_would_be_drawn_wrongly_is_refused(wide):
-    model = injected("probing")
-    unfreeze(model.blocks[1].norm2)
-    with pytest.raises(ValueError, match="blocks differ"):
+def block_differs(model):  # beside the adapters of one block, another trains
+    inject.inject_lora(model.encoder.blocks[0], ["q_proj"])
+    unfreeze(model.encoder.blocks[1].norm2)
+
+
+def rank_differs(model):  # the same tensors, another rank
+    for i, block in enumerate(model.encoder.blocks):
+        inject.inject_lora(block, ["q_proj"], r=4 + i)
+
+
+def frozen_rank_differs(model):
+    rank_differs(model)
+    freeze(model)
+
+
+def place_differs(model):
+    for block, name in zip(model.encoder.blocks[1:], ["q_proj", "v_proj"], strict=True):
+        inject.inject_lora(block, [name])
+
+
+def another_kind(model):
+    model.encoder.blocks[0].norm1 = Other(model.encoder.blocks[0].norm1)
+
+
+def around_a_block(model):
+    inject.inject_adapter(model, ["blocks.1", "blocks.2"])
+
+
+@pytest.mark.parametrize("change, told", [
+    (lambda m: unfreeze(m.encoder.blocks[1].norm2), "blocks differ"),
+    (block_differs, "blocks differ"),
+    (rank_differs, "blocks differ"),
+    (frozen_rank_differs, "blocks differ"),
+    (place_differs, "blocks differ"),
+    (another_kind, "no drawing of Other at 'norm1'"),
+    (around_a_block, r"no drawing of BottleneckAdapter at 'blocks\.1'"),
+    (lambda m: inject.inject_layer_norm(m, ["token"]), "no drawing of Tuned at 'embed.token'"),
+])  # fmt: skip
+def test_what_would_be_drawn_wrongly_is_refused(wide, change, told):
+    model = classifier()
+    with pytest.raises(ValueError, match=told):
+        change(model)
         drawings.plot_injected(wide, model)
-    model = injected("probing")
-    for i in range(2):  # the same tensors, another rank
-        inject.inject_lora(model, [f"blocks.{i}.attention.q_proj"], r=4 + i)
-    with pytest.raises(ValueError, match="blocks differ"):
-        drawings.plot_injected(wide, model)
-    with pytest.raises(ValueError, match="MLP is not drawn"):
-        drawings.plot_injected(wide, MLP())
-    model = injected("probing")
-    model.norm = Other(model.norm)
-    with pytest.raises(ValueError, match="no drawing of Other at 'norm'"):
-        drawings.plot_injected(wide, model)
-    model = injected("probing")
-    model.blocks = torch.nn.ModuleList(BottleneckAdapter(b, 4) for b in model.blocks)
-    with pytest.raises(ValueError, match=r"no drawing of BottleneckAdapter at 'blocks\.0'"):
-        drawings.plot_injected(wide, model)
+
+
+@pytest.mark.parametrize("make", [MLP, TinyTransformer])
+def test_other_models_are_not_drawn(wide, make):
+    with pytest.raises(ValueError, match=f"{make.__name__} is not drawn"):
+        drawings.plot_injected(wide, make())
 
 
 def test_memory_is_stacked_and_summed(ax):

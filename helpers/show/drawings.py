@@ -5,47 +5,35 @@ from operator import attrgetter
 import torch
 from matplotlib.patches import FancyBboxPatch, Patch, Rectangle
 
-from helpers.models import stages
-from helpers.peft import (
-    BottleneckAdapter,
-    DoRA,
-    LoRA,
-    PrefixTuning,
-    Projection,
-    PromptTuning,
-    Tuned,
-    VeRA,
-    adapters,
-)
-from helpers.peft.layers import IA3, OFT
+from helpers.models import Encoder, TextClassifier, stages
+from helpers.peft import Projection, adapters, layers, lora
 
 TRAINED, FROZEN, LINE, FAINT = "#E69F00", "#D9E2EC", "#52606D", "#A9B5C2"
 
 # where `plot_injected` draws a layer, in points: left, right, height above the signal's line
 BOXES = {
-    "embed": (6, 42, 0),
-    "blocks.0.norm1": (66, 100, 0),
-    "blocks.0.attention.q_proj": (126, 162, 36),
-    "blocks.0.attention.k_proj": (126, 162, 0),
-    "blocks.0.attention.v_proj": (126, 162, -36),
-    "blocks.0.attention.out_proj": (246, 288, 0),
-    "blocks.0.norm2": (338, 372, 0),
-    "blocks.0.feed_forward.fc1": (394, 426, 0),
-    "blocks.0.feed_forward.fc2": (456, 488, 0),
-    "norm": (556, 588, 0),
-    "head": (608, 640, 0),
+    "embed": (4, 40, 0),
+    "attention.q_proj": (104, 140, 36),
+    "attention.k_proj": (104, 140, 0),
+    "attention.v_proj": (104, 140, -36),
+    "attention.out_proj": (224, 266, 0),
+    "norm1": (312, 346, 0),
+    "feed_forward.fc1": (380, 412, 0),
+    "feed_forward.fc2": (442, 474, 0),
+    "norm2": (518, 552, 0),
+    "head": (614, 642, 0),
 }
 
 SYMBOLS = {  # of a technique, as in its equation, and the tensors that they stand for
-    LoRA: {"B": "lora_B", "A": "lora_A"},
-    DoRA: {"m": "magnitude", "B": "lora_B", "A": "lora_A"},
-    VeRA: {"v": "lambda_b", "B": "projection.B", "u": "lambda_d", "A": "projection.A"},
-    IA3: {"l": "ia3_l"},
-    OFT: {"R": "oft_R"},
-    BottleneckAdapter: {"U": "up_weight", "D": "down_weight"},
-    PromptTuning: {"P": "prompt"},
-    PrefixTuning: {"P_k": "prefix", "P_v": "prefix"},
-    Tuned: {},
+    lora.LoRA: {"B": "lora_B", "A": "lora_A"},
+    lora.DoRA: {"m": "magnitude", "B": "lora_B", "A": "lora_A"},
+    lora.VeRA: {"v": "lambda_b", "B": "projection.B", "u": "lambda_d", "A": "projection.A"},
+    layers.IA3: {"l": "ia3_l"},
+    layers.OFT: {"R": "oft_R"},
+    layers.BottleneckAdapter: {"U": "up_weight", "D": "down_weight"},
+    layers.PromptTuning: {"P": "prompt"},
+    layers.PrefixTuning: {"P_k": "prefix", "P_v": "prefix"},
+    layers.Tuned: {},
 }
 
 
@@ -61,20 +49,11 @@ def plot_frozen(ax, models):
         for column, (name, stage) in enumerate(stages(model).items()):
             n = sum(p.numel() for p in stage.parameters())
             trained = any(p.requires_grad for p in stage.parameters())
-            ax.barh(
-                row,
-                0.94,
-                left=column,
-                height=0.66,
-                color=TRAINED if trained else FROZEN,
-                hatch=None if trained else "///",
-                edgecolor=LINE,
-                linewidth=0.8,
-            )
-            text = dict(ha="center", va="center", fontsize=9)
+            style = dict(color=TRAINED) if trained else dict(color=FROZEN, hatch="///")
+            ax.barh(row, 0.94, 0.66, column, edgecolor=LINE, linewidth=0.8, **style)
             box = dict(facecolor="white", edgecolor="none", pad=1.2, alpha=0.85)
             label = f"{name.removeprefix('encoder.')}\n{n:,}"
-            ax.text(column + 0.47, row, label, bbox=box, **text)
+            ax.text(column + 0.47, row, label, bbox=box, ha="center", va="center", fontsize=9)
     ax.set(yticks=range(len(models)), xticks=[], xlabel="input side  →  output side")
     ax.set_yticklabels(models)
     ax.invert_yaxis()
@@ -84,72 +63,106 @@ def plot_frozen(ax, models):
 
 
 def plot_injected(ax, model):
-    """Draw where a technique sits in a transformer: its first block, and what is trained in it.
+    """Draw where a technique sits in an encoder: the first block that it adapts stands for all.
+
+    Without adapters it is the last block. The other blocks are as the one drawn, or frozen.
 
     Parameters
     ----------
     ax : Axes
         About 9 x 2.6 inches.
-    model : TinyTransformer
+    model : Encoder or TextClassifier
         With or without adapters.
 
     Raises
     ------
     ValueError
-        If the blocks differ, or an adapter is of a kind or at a place that has no drawing.
+        If adapted or trained blocks differ, or an adapter's kind or place has no drawing.
     """
-    blocks = list(getattr(model, "blocks", []))
-    bare = {_without_base(name): module for name, module in model.named_modules()}
-    if not BOXES.keys() <= bare.keys():
-        raise ValueError(f"a {type(model).__name__} is not drawn, only a TinyTransformer is")
-    if len({_structure(block) for block in blocks}) > 1:
-        raise ValueError("the blocks differ, so that the first one cannot stand for all")
-    others = tuple(f"blocks.{i}." for i in range(1, len(blocks)))
-    found = {_without_base(n): m for n, m in adapters(model).items() if not n.startswith(others)}
+    encoder = model.encoder if isinstance(model, TextClassifier) else model
+    if not isinstance(encoder, Encoder):
+        raise ValueError(f"a {type(encoder).__name__} is not drawn, only an Encoder is")
+    at, caption = _stand_in(encoder.blocks)
+    others = tuple(f"blocks.{i}." for i in range(len(encoder.blocks)) if i != at)
+    bare = {_place(name, at): module for name, module in model.named_modules()}
+    found = {_place(n, at): m for n, m in adapters(model).items()}
+    found = {name: m for name, m in found.items() if not name.startswith(others)}
     added = {id(p) for adapter in found.values() for p in adapter.parameters(recurse=False)}
-    tuned = {name for name, adapter in found.items() if isinstance(adapter, Tuned)}
-    _draw_signal(ax, len(blocks))
+    tuned = {n.removesuffix(".norm") for n, m in found.items() if isinstance(m, layers.Tuned)}
+    _draw_signal(ax, caption, at > 0, at + 1 < len(encoder.blocks), "head" in bare)
     for name, (left, right, y) in BOXES.items():
+        if name not in bare:  # an encoder has no head
+            continue
         on = any(p.requires_grad and id(p) not in added for p in bare[name].parameters())
-        low = 21 if tuned & {name, f"{name}.project"} else 8  # room for the strip
+        low = 21 if name in tuned else 8  # room for the strip
         style = {} if on else dict(hatch="////", edgecolor=FAINT)
         _box(ax, left, y - low, right - left, low + 8, on, gid=name, zorder=2, **style)
         _write(ax, (left + right) / 2, y, name.rpartition(".")[2])
     for name, adapter in found.items():
         inside = [box for n, box in BOXES.items() if f"{n}.".startswith(f"{name}.")]
-        inside = inside or [BOXES.get(name.rpartition(".")[0])]
-        if type(adapter) not in SYMBOLS or inside == [None] or name == "blocks.0":
+        inside = inside or [BOXES.get(name.removesuffix(".norm"))]  # the embedding's
+        if type(adapter) not in SYMBOLS or inside == [None]:
             raise ValueError(f"no drawing of {type(adapter).__name__} at {name!r}")
         _draw_adapter(ax, adapter, inside)
-    ax.set(xlim=(0, 660), ylim=(-82, 74), aspect="equal")
+    ax.set(xlim=(0, 668), ylim=(-82, 74), aspect="equal")
     ax.axis("off")
     _legend_of_colours(ax, FAINT, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.1)
 
 
+def _place(name, at):
+    """Return a module's name in block `at`, or in the model, as if no adapter wrapped it."""
+    bare = ".".join(part for part in name.split(".") if part != "base")
+    return bare.removeprefix("encoder.").removeprefix(f"blocks.{at}.")
+
+
+def _stand_in(blocks):
+    """Return the index of the block to draw, and a line that says what the others are."""
+    adapted = [i for i, block in enumerate(blocks) if adapters(block)]
+    at = adapted[0] if adapted else len(blocks) - 1
+    shown = [_structure(block) for block in blocks]
+    same = [i for i, block in enumerate(shown) if block == shown[at] and i != at]
+    rest = [i for i, block in enumerate(shown) if block != shown[at]]
+    if any(i in adapted or any(shown[i][1]) for i in rest):
+        raise ValueError("adapted or trained blocks differ, so that one cannot stand for all")
+    caption = f"block {at + 1} of {len(blocks)}"
+    caption += f", same for {_numbers(same)}" if same else ""
+    caption += f"; {_numbers(rest)}: frozen" if rest else ""
+    return at, caption
+
+
 def _structure(block):
     """Return a block's layers, less the projection that one holds for all, and what trains."""
-    layers = ((n, m) for n, m in block.named_modules() if not isinstance(m, Projection))
-    shown = tuple((n, type(m), m.extra_repr()) for n, m in layers)
+    held = ((n, m) for n, m in block.named_modules() if not isinstance(m, Projection))
+    shown = tuple((n, type(m), m.extra_repr()) for n, m in held)
     return shown, tuple(p.requires_grad for p in block.parameters())
 
 
-def _draw_signal(ax, n_blocks):
+def _numbers(blocks):
+    """Return "block 1", "blocks 1 and 3", "blocks 1 to 3"."""
+    first, *more = blocks = [i + 1 for i in blocks]
+    if len(more) > 1 and more[-1] - first == len(more):
+        return f"blocks {first} to {more[-1]}"
+    return f"block{'s' * bool(more)} {' and '.join(map(str, blocks))}"
+
+
+def _draw_signal(ax, caption, below, above, head):
     """Draw what every technique leaves as it is: the lines, the softmax, the sums, the frame."""
     frame = dict(boxstyle="round,pad=0,rounding_size=6", edgecolor=FAINT, linestyle="--")
-    ax.add_patch(FancyBboxPatch((52, -80), 480, 152, facecolor="none", zorder=0, **frame))
-    same = ", same for the other blocks" if n_blocks > 1 else ""
-    ax.text(60, 66, f"block 1 of {n_blocks}{same}", va="center", fontsize=8, color=LINE)
-    line = dict(color=LINE, linewidth=1, zorder=1)
-    ax.plot([0, 654], [0, 0], **line)
-    ax.plot(654, 0, ">", color=LINE, markersize=4)
-    ax.plot([186, 108, 108, 186], [36, 36, -36, -36], **line)  # to the queries and the values
-    for fork, end in ((58, 320), (332, 520)):
-        ax.plot([fork, fork, end, end], [0, 54, 54, 0], **line)
-        _sum(ax, end, 0, LINE, 10)
-    _box(ax, 186, -58, 40, 102, False, facecolor="white", zorder=2)
-    _write(ax, 206, 0, "softmax")
-    if n_blocks > 1:
-        _write(ax, 544, 0, "⋯", backgroundcolor="white", weight="bold")
+    ax.add_patch(FancyBboxPatch((66, -80), 492, 152, facecolor="none", zorder=0, **frame))
+    ax.text(74, 66, caption, va="center", fontsize=8, color=LINE)
+    line, end = dict(color=LINE, linewidth=1, zorder=1), 664 if head else 580
+    ax.plot([0, end], [0, 0], **line)
+    ax.plot(end, 0, ">", color=LINE, markersize=4)
+    ax.plot([164, 86, 86, 164], [36, 36, -36, -36], **line)  # to the queries and the values
+    for fork, total in ((74, 300), (354, 506)):
+        ax.plot([fork, fork, total, total], [0, 54, 54, 0], **line)
+        _sum(ax, total, 0, LINE, 10)
+    white = [("softmax", 164, -58, 40, 102), ("mean", 574, -8, 28, 16)]  # nothing to train
+    for name, left, low, width, height in white[: 1 + head]:
+        _box(ax, left, low, width, height, False, facecolor="white", zorder=2)
+        _write(ax, left + width / 2, 0, name)
+    for x in [57] * below + [566] * above:
+        _write(ax, x, 0, "⋯", weight="bold", bbox=dict(facecolor="white", edgecolor="none", pad=1))
 
 
 def _draw_adapter(ax, adapter, inside):
@@ -158,23 +171,23 @@ def _draw_adapter(ax, adapter, inside):
     x, y, low = (left + right) / 2, inside[-1][2], min(box[2] for box in inside)
     on = {s: attrgetter(n)(adapter).requires_grad for s, n in SYMBOLS[type(adapter)].items()}
     line = dict(color=TRAINED if any(on.values()) else LINE, linewidth=1, zorder=0.9)
-    if isinstance(adapter, Tuned):
+    if isinstance(adapter, layers.Tuned):
         norm = isinstance(adapter.base, torch.nn.LayerNorm)
         symbols = {"weight": r"\gamma" if norm else "W", "bias": r"\beta" if norm else "b"}
         trained = any(p.requires_grad for p in adapter.tuned().values())
         names = ", ".join(symbols.get(name, name) for name in adapter.tuned())
         _cells(ax, x, y - 13.5, {names: trained}, width=right - left - 4)
-    elif isinstance(adapter, PromptTuning):
+    elif isinstance(adapter, layers.PromptTuning):
         _tokens(ax, left, y - 19, "P", on["P"])
         ax.plot([left + 34, right + 7, right + 7], [y - 19, y - 19, y], **line)
         ax.plot(right + 7, y, "o", color=line["color"], markersize=3)
-    elif isinstance(adapter, PrefixTuning):
+    elif isinstance(adapter, layers.PrefixTuning):
         for (symbol, trained), box in zip(on.items(), inside[1:3], strict=True):
             _tokens(ax, left - 4, box[2] - 19, symbol, trained)
             ax.plot([left + 30, 186], [box[2] - 19] * 2, **line)
-    elif isinstance(adapter, OFT) or adapter.settings.get("feedforward"):
+    elif isinstance(adapter, layers.OFT) or adapter.settings.get("feedforward"):
         _cells(ax, left - 8, y, on)
-    elif isinstance(adapter, IA3) or adapter.settings.get("parallel") is False:
+    elif isinstance(adapter, layers.IA3) or adapter.settings.get("parallel") is False:
         _cells(ax, right + 4 + 4.5 * len(on), y, on)
     else:
         fork, join, drop = (left - 18, right + 9, 32) if inside[1:] else (left - 5, right + 5, 18)
@@ -216,10 +229,6 @@ def _box(ax, left, bottom, width, height, trained, **style):
 
 def _write(ax, x, y, text, **style):
     ax.text(x, y, text, ha="center", va="center", fontsize=8, zorder=5, **style)
-
-
-def _without_base(name):
-    return ".".join(part for part in name.split(".") if part != "base")
 
 
 def _legend_of_colours(ax, edge, **place):
