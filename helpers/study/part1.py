@@ -106,17 +106,18 @@ def recall(queries, keys):
 
 
 def tune(model, X, y, *, technique, lr):
-    """Train a model's head and the blocks of a technique: 12 steps of 16 rows, or three epochs.
+    """Train a model's head and the blocks of a technique: about 12 steps of 16 rows.
 
-    The rate of the blocks is given, the head learns at 1e-3 or more. Gradual unfreezing has one
-    rate for both, and as many epochs, shared by its phases.
+    Three epochs where one is more than that. The rate of the blocks is given, the head learns at
+    1e-3 or more. Gradual unfreezing has one rate for both, and as many epochs, shared by its phases.
     """
     first = FIRST[technique]
     training.freeze(model)
     training.unfreeze(*model.encoder.blocks[first:], model.head)
     if technique == "from scratch":
         from_scratch(model)
-    epochs = max(3, round(12 / math.ceil(len(y) / 16)))
+    steps = math.ceil(len(y) / 16)  # of an epoch
+    epochs = 3 if steps > 12 else round(12 / steps)
     if technique == "gradual unfreezing":
         stage = first + 1  # below it are the embedding and the other blocks
         training.gradual_unfreezing(model, X, y, lr=lr, epochs=epochs, down_to=stage, batch_size=16)

@@ -89,14 +89,13 @@ TECHNIQUES = {
     "full fine-tuning": part1.blocks_from(0),
 }
 
-WIDE = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # tried for all that 2.5 shows
+WIDE = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # tried for all that 2.5 shows
 
 RATES = {
     **{name: WIDE for name in ("LoRA", "BitFit", "adapters", "OFT", "top two blocks")},
-    **dict.fromkeys(("PiSSA", "DoRA"), (3e-4, 1e-3, 3e-3)),
-    "LoRA+": (1e-3, 3e-3, 1e-2),
-    "LayerNorm tuning": (3e-3, 1e-2, 3e-2),
-    **dict.fromkeys(("VeRA", "(IA)3", "prefix tuning", "prompt tuning"), (1e-2, 3e-2, 1e-1)),
+    "PiSSA": (3e-4, 1e-3, 3e-3),
+    **dict.fromkeys(("DoRA", "LoRA+", "LayerNorm tuning"), (1e-3, 3e-3, 1e-2)),
+    **dict.fromkeys(("VeRA", "(IA)3", "prefix tuning", "prompt tuning"), (3e-2, 1e-1, 3e-1)),
     "full fine-tuning": (3e-5, 1e-4, 3e-4),
 }
 
