@@ -238,7 +238,7 @@ def test_injection_is_identity_at_init(family, technique):
 
 
 @each
-def test_only_trainables_move_in_three_steps_and_each_gets_a_gradient(family, technique):
+def test_only_trainables_move_in_three_steps_and_each_gets_a_gradient(family, technique, capfd):
     model = fresh(family, technique).train()
     before = held(model)
     own = {f"{name}.{end}" for name, a in adapters(model).items() for end in a._parameters}
@@ -247,6 +247,7 @@ def test_only_trainables_move_in_three_steps_and_each_gets_a_gradient(family, te
         assert gradients(model).keys() == own
         optimizer.step()
     assert moved(model, before) == trainable(model) == own != set()
+    assert capfd.readouterr() == ("", "")
 
 
 @each
