@@ -356,6 +356,16 @@ def test_a_row_under_a_prompt_is_classified_by_the_token_that_peft_reads(kind):
     close(output(model), output(theirs), atol=1e-6)
 
 
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_a_prompt_in_either_half_of_t5_leaves_padding_out(part):
+    model, ids = fresh("T5"), torch.randint(3, VOCAB, (1, 5))
+    inject.inject_prompt(model, [f"{part}.embed_tokens"], num_virtual_tokens=P)
+    mask = torch.tensor([[1, 1, 1, 0, 0]])
+    padded = model(input_ids=ids, attention_mask=mask, decoder_input_ids=ids).logits
+    cut = model(input_ids=ids[:, :3], attention_mask=mask[:, :3], decoder_input_ids=ids).logits
+    close(padded, cut, FAMILIES["T5"].atol)
+
+
 COMPILED = [("small", "prefix"), ("small", "prompt"), ("BERT", "DoRA"), ("GPT-2", "VeRA")]
 COMPILED += [("Llama", "OFT"), ("T5", "adapter"), ("ViT", "BitFit")]
 

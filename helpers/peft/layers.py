@@ -310,7 +310,9 @@ def make_room(model, args, kwargs):
     ValueError
         If a cache or positions are given, as `generate` does: each step would get a prompt.
     """
-    prompts = [m for m in model.modules() if isinstance(m, PromptTuning) and m.enabled]
+    two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    read = (model.get_encoder() if two else model).modules()  # what input_ids go to
+    prompts = [m for m in read if isinstance(m, PromptTuning) and m.enabled]
     given = kwargs | dict(zip(inspect.signature(model.forward).parameters, args, strict=False))
     ids, mask = given.get("input_ids"), given.get("attention_mask")
     if len(prompts) != 1 or ids is None:
