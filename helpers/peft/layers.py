@@ -310,18 +310,17 @@ def make_room(model, args, kwargs):
     ValueError
         If a cache or positions are given, as `generate` does: each step would get a prompt.
     """
-    prompts = [m for m in model.modules() if isinstance(m, PromptTuning) and m.enabled]
-    if len(prompts) != 1:
-        return None
+    two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    read = (model.get_encoder() if two else model).modules()  # what input_ids go to
+    prompts = [m for m in read if isinstance(m, PromptTuning) and m.enabled]
     given = kwargs | dict(zip(inspect.signature(model.forward).parameters, args, strict=False))
     ids, mask = given.get("input_ids"), given.get("attention_mask")
+    if len(prompts) != 1 or ids is None:
+        return None
     if extra := [n for n in ("past_key_values", "position_ids") if given.get(n) is not None]:
         raise ValueError(f"a prompt goes before whole sequences: call the model without {extra}")
-    if ids is None:
-        return None
     if mask is not None and mask.shape[1:] == ids.shape[1:]:
-        ones = mask.new_ones(len(mask), prompts[0].settings["num_virtual_tokens"])
-        given["attention_mask"] = torch.cat([ones, mask], 1)
+        given["attention_mask"] = F.pad(mask, (len(prompts[0].prompt), 0), value=1)
     if getattr(model, "get_input_embeddings", lambda: None)() is prompts[0]:
         given |= dict(input_ids=None, inputs_embeds=prompts[0](ids))
     return (), given
