@@ -97,17 +97,18 @@ def recall(queries, keys):
 
 
 def tune(model, X, y, *, technique, lr):
-    """Train a model's head and the blocks of a technique: about 12 steps of 16 rows, or an epoch.
+    """Train a model's head and the blocks of a technique: about 12 steps of 16 rows.
 
-    The rate of the blocks is given, the head learns at 1e-3 or more. Gradual unfreezing has one
-    rate for both, and as many epochs, shared by its phases.
+    Three epochs where one is more than that. The rate of the blocks is given, the head learns at
+    1e-3 or more. Gradual unfreezing has one rate for both; its phases share as many epochs.
     """
     first = FIRST[technique]
     training.freeze(model)
     training.unfreeze(*model.encoder.blocks[first:], model.head)
     if technique == "from scratch":
         from_scratch(model)
-    epochs = max(1, round(12 / math.ceil(len(y) / 16)))
+    steps = math.ceil(len(y) / 16)  # of an epoch
+    epochs = 3 if steps > 12 else round(12 / steps)
     if technique == "gradual unfreezing":
         stage = first + 1  # below it are the embedding and the other blocks
         training.gradual_unfreezing(model, X, y, lr=lr, epochs=epochs, down_to=stage, batch_size=16)
@@ -183,10 +184,14 @@ def label_curve(seed, *, texts, plan, C, budgets=BUDGETS, score_on="test", folde
         held = {0: held, 4: training.cache_prefix(base, held, first=4)}
         seen = training.extract_features(base, held[4])
         scores = {"zero labels/0": zero_labels(texts, seen, labels, folder=folder)}
+        whole = some(tokens, rows["train"])
+        whole = {0: whole, 4: training.cache_prefix(base, whole, first=4)}
+        frozen = training.extract_features(base, whole[4])
+        order = torch.arange(len(frozen)).view(len(names), -1)
         for k in budgets:
-            X, t = some(tokens, rows["train"][:, :k]), y[rows["train"][:, :k].flatten()]
-            X = {0: X, 4: training.cache_prefix(base, X, first=4)}
-            features = training.extract_features(base, X[4])
+            part = order[:, :k]  # of each topic's rows
+            t, features = y[rows["train"][:, :k].flatten()], frozen[part.flatten()]
+            X = {0: some(whole[0], part), 4: whole[4].like(some(whole[4], part))}
             for c, column in columns(f"linear probing/{k}", C).items():
                 head = training.logistic_head(features, t, C=c)
                 scores[column] = training.score(head(seen), labels)
