@@ -109,7 +109,7 @@ def tune(model, X, y, *, technique, lr):
     """Train a model's head and the blocks of a technique: about 12 steps of 16 rows.
 
     Three epochs where one is more than that. The rate of the blocks is given, the head learns at
-    1e-3 or more. Gradual unfreezing has one rate for both, and as many epochs, shared by its phases.
+    1e-3 or more. Gradual unfreezing has one rate for both; its phases share as many epochs.
     """
     first = FIRST[technique]
     training.freeze(model)
