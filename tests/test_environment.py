@@ -34,7 +34,7 @@ ORDER = {
     "peft": "four_bits base product lora layers surgery inject qlora files hub_config hub"
     " arithmetic mixed large",
     "study": "seeds verdicts decide tuning published part1 part1_domain part2 spectrum"
-    " part3 part3_adapters",
+    " digits part3 part3_adapters",
     "show": "tables drawings figures costs",
 }
 

@@ -86,26 +86,24 @@ def plot_classes(ax, points, y, *, names=None, filled=True):
     ax.set(xlabel="first principal component", ylabel="second principal component")
 
 
-def plot_dots(ax, summaries, *, reference, notes=None):
-    """Draw one row for each technique, the best at the top: its mean and 95 % interval.
+def plot_dots(ax, gains, *, notes=None):
+    """Draw one row for each technique, the best at the top: its gain and 95 % interval.
 
     Parameters
     ----------
     ax : Axes
-    summaries : dict of str to Summary
-    reference : str
-        The technique whose mean is a line through all rows.
+    gains : dict of str to Comparison
+        Each technique against the same reference, which is the line at 0.
     notes : dict of str to str, optional
         What is written after a technique's name.
     """
-    order = sorted(summaries, key=lambda name: summaries[name].mean)
+    order = sorted(gains, key=lambda name: gains[name].difference)
     for row, name in enumerate(order):
-        s, style = summaries[name], look(name, 0)
-        arms = [[s.mean - s.low], [s.high - s.mean]]
-        ax.errorbar(
-            s.mean, row, xerr=arms, fmt=style["marker"], color=style["color"], linewidth=1.6
-        )
-    ax.axvline(summaries[reference].mean, color=LINE, linestyle=":", linewidth=1.2)
+        c, style = gains[name], look(name) if name in LOOKS else {"color": LINE, "marker": "o"}
+        arms = [[c.difference - c.low], [c.high - c.difference]]
+        bar = dict(fmt=style["marker"], color=style["color"], linewidth=1.8, markersize=7)
+        ax.errorbar(c.difference, row, xerr=arms, **bar)
+    ax.axvline(0, color=LINE, linestyle=":", linewidth=1.2)
     labels = [f"{name}  {(notes or {}).get(name, '')}".strip() for name in order]
     ax.set(yticks=range(len(order)), yticklabels=labels, ylim=(-0.6, len(order) - 0.4))
     ax.grid(False, axis="y")

@@ -109,7 +109,7 @@ def tune(model, X, y, *, technique, lr):
     """Train a model's head and the blocks of a technique: about 12 steps of 16 rows.
 
     Three epochs where one is more than that. The rate of the blocks is given, the head learns at
-    1e-3 or more. Gradual unfreezing has one rate for both, and as many epochs, shared by its phases.
+    1e-3 or more. Gradual unfreezing has one rate for both, its phases share as many epochs.
     """
     first = FIRST[technique]
     training.freeze(model)
@@ -176,16 +176,16 @@ def untouched(folder=""):
 
 
 def label_curve(
-    seed, *, texts, plan, C, budgets=BUDGETS, score_on="test", train=tune, told=4, folder=""
+    seed, *, texts, plan, C, budgets=BUDGETS, score_on="test", train=None, told=4, folder=""
 ):
     """Train on a few labelled texts of each topic, in each way of `plan`.
 
     `plan` has for each column its technique, label budget and rate, which are varied, smaller
     samples being parts of larger ones; `texts` and `C`, the penalty or penalties of linear probing
-    at all `budgets`, are fixed, as are how to `train` and at which budget to score retrieval,
-    `told`. Rates are chosen on "validation" rows, `score_on`. Returns in percent the accuracies, by
-    column; of headlines at `told` labels, but from scratch, ".../retrieval" after that training;
-    and "margin".
+    at all `budgets`, are fixed, as are how to `train`, None being `tune`, and at which budget to
+    score retrieval, `told`. Rates are chosen on "validation" rows, `score_on`. Returns in percent
+    the accuracies, by column; of headlines at `told` labels, but from scratch, ".../retrieval"
+    after that training; and "margin".
     """
     lowest = getattr(train, "first", FIRST.get)  # block of a technique
     with reproducible(seed):
@@ -211,9 +211,9 @@ def label_curve(
                 if at != k:
                     continue
                 model, first = copy.deepcopy(base), lowest(name)
-                if train is not tune or name.startswith("LP-FT"):
+                if train or name.startswith("LP-FT"):
                     model.head = training.logistic_head(features, t, C=PROBE_C)
-                train(model, _some_of(whole[first], part), t, technique=name, lr=rate)
+                (train or tune)(model, _some_of(whole[first], part), t, technique=name, lr=rate)
                 scores[column] = training.evaluate(model, held[first], labels)
                 kept = k == told and texts == "headlines" and score_on == "test"
                 if kept and name != "from scratch":
