@@ -329,7 +329,7 @@ def test_cached_blocks_give_the_accuracies_of_tokens(run, monkeypatch):
     monkeypatch.setattr(part1, "pairs", cache(part1.pairs.__wrapped__))
     tokens = curve(0)
     assert abs(cached.pop("margin") - tokens.pop("margin")) < DRIFT
-    assert cached == tokens and len(whole) == 4
+    assert cached == tokens and len(whole) == 2 + 2 * 2  # of the study, and pairs of two blocks
 
 
 def test_rates_are_chosen_on_validation_rows_alone(monkeypatch):
