@@ -34,7 +34,7 @@ ORDER = {
     "peft": "four_bits base product lora layers surgery inject qlora files hub_config hub"
     " arithmetic mixed large",
     "study": "seeds verdicts decide tuning published part1 part1_domain part2 spectrum"
-    " part3 part3_adapters",
+    " digits part3 part3_adapters",
     "show": "tables drawings figures costs",
 }
 
@@ -42,7 +42,7 @@ ORDER = {
 # lines of code outside study/, and of everything: this round's last issue ends at 2,800 and 4,200.
 # The encoder and its texts are in; the toys that they replace, digits, TinyTransformer and the
 # decision on embeddings, go with Parts 2 and 3. Lines of a module, all told, and of a function
-LIBRARY, EVERYTHING, MODULE, FUNCTION = 4_250, 5_520, 350, 40
+LIBRARY, EVERYTHING, MODULE, FUNCTION = 4_245, 5_590, 350, 40
 
 
 def git(*arguments):

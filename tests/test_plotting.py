@@ -1,6 +1,6 @@
 """Figures: what is drawn is what was measured, and it can be told apart without colour."""
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import matplotlib.pyplot as plt
 import nbformat
@@ -11,9 +11,9 @@ from matplotlib.patches import FancyBboxPatch
 from matplotlib.text import Text
 
 from helpers.models import MLP, Encoder, TextClassifier, TinyTransformer
-from helpers.peft import Adapter, inject, layers
+from helpers.peft import Adapter, inject
 from helpers.show import costs, drawings, figures, tables
-from helpers.study import Comparison, Summary, part1, summarize
+from helpers.study import Comparison, Summary, part1, part2, summarize
 from helpers.training import freeze, unfreeze
 
 
@@ -49,6 +49,71 @@ def test_seeds_are_dots_with_mean_and_interval(ax):
     assert [t.get_text() for t in ax.get_yticklabels()] == ["a", "b"]
     assert ax.get_ylim() == (1.5, -0.5)  # the first method on top
     assert [31.0] in [c.get_offsets()[:, 0].tolist() for c in ax.collections]
+
+
+def gains(*differences):
+    return [Comparison(d, d - 1, d + 2, 0.01, 0.5, 1.0, 9) for d in differences]
+
+
+@pytest.fixture
+def dots():
+    with plt.rc_context(figures.STYLE):
+        fig, ax = plt.subplots(figsize=(9, 4.8))
+        differences = np.random.default_rng(0).permutation(np.linspace(-3, 7, 14)).tolist()
+        found = dict(zip(part2.TECHNIQUES, gains(*differences), strict=True))
+        notes = {name: f"({i:,})" for i, name in enumerate(found, 1000) if name != "LoRA"}
+        figures.plot_dots(ax, found, notes=notes)
+        fig.draw_without_rendering()
+        yield ax, found, notes
+    plt.close(fig)
+
+
+def test_dots_are_differences_with_intervals_the_best_at_the_top(dots):
+    ax, found, _ = dots
+    order = sorted(found, key=lambda name: found[name].difference)
+    assert ax.get_ylim()[0] < 0 < 13 < ax.get_ylim()[1]
+    for row, (name, bar) in enumerate(zip(order, ax.containers, strict=True)):
+        mean, _, (arms,) = bar.lines
+        c, [(left, right)] = found[name], [arms.get_segments()[0]]
+        assert mean.get_xydata().tolist() == [[c.difference, row]]
+        assert [*left, *right] == pytest.approx([c.low, row, c.high, row])
+        look = {"color": to_hex(mean.get_color()), "marker": mean.get_marker()}
+        plain = {"color": drawings.LINE, "marker": "o"}
+        wanted = figures.look(name) if name in figures.LOOKS else plain
+        assert look["marker"] == wanted["marker"] and same_color(look["color"], wanted["color"])
+        assert same_color(arms.get_color()[0], look["color"])
+
+
+def test_dots_have_a_line_at_0_and_names_with_notes(dots):
+    ax, found, notes = dots
+    [line] = [line for line in ax.lines if line.get_linestyle() == ":"]
+    assert [*line.get_xdata()] == [0, 0]
+    assert [*line.get_ydata()] == [0, 1]  # of the height of the Axes: through all rows
+    order = sorted(found, key=lambda name: found[name].difference)
+    labels = [f"{name}  {notes[name]}" if name in notes else name for name in order]
+    assert [t.get_text() for t in ax.get_yticklabels()] == labels
+    assert ax.get_yticks().tolist() == list(range(14)) and "LoRA" in labels
+
+
+def test_every_dot_is_seen_whole_and_labels_are_apart(dots):
+    ax, *_ = dots
+    bars = [bar.lines[0] for bar in ax.containers]
+    half = bars[0].get_markersize() / 2 * ax.figure.dpi / 72
+    places = [ax.transData.transform(bar.get_xydata()[0]) for bar in bars]
+    assert all(high[1] - low[1] > 2 * half for low, high in pairwise(places))
+    for x, y in places:
+        assert all(ax.bbox.contains(x + i * half, y + j * half) for i in (-1, 1) for j in (-1, 1))
+    for bar in ax.containers:  # whole intervals are inside, too
+        ends = ax.transData.transform(bar.lines[2][0].get_segments()[0])
+        assert all(ax.bbox.contains(*end) for end in ends)
+    assert_apart(ax.get_yticklabels())
+    for label in extents(ax.get_yticklabels()):
+        assert all(ax.figure.bbox.contains(*corner) for corner in label.get_points())
+
+
+def test_dots_need_no_notes(ax):
+    figures.plot_dots(ax, dict(zip("ab", gains(2, 1), strict=True)))
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["b", "a"]
 
 
 def test_bands_are_the_intervals(ax):
@@ -160,12 +225,6 @@ def test_a_difference_in_a_table_is_marked_with_its_sign(low, high, p, marked):
     assert Comparison((low + high) / 2, low, high, p, 0.5, 1.0, 9).marked == marked
 
 
-def test_losses_start_at_epoch_1(ax):
-    figures.plot_losses(ax, {"m": {"loss": [3.0, 2.0]}, "n": {"loss": [1.0]}})
-    assert ax.lines[0].get_xydata().tolist() == [[1, 3], [2, 2]]
-    assert len({line.get_linestyle() for line in ax.lines}) == 2 and ax.get_legend()
-
-
 def test_source_is_shown_whole_but_for_docstrings(shown):
     tables.show_source(MLP)
     code = shown[0].removeprefix("```python\n").removesuffix("\n```")
@@ -218,12 +277,6 @@ TECHNIQUES = {  # how to inject it, and the symbols that must be drawn
     "prompt": (lambda m: inject.inject_prompt(m, ["embed"]), "P"),
     "prefix": (lambda m: inject.inject_prefix(top(m), ["attention"]), ["P_k", "P_v"]),
 }
-
-
-@pytest.fixture(autouse=True)
-def embedding_tells_its_width(monkeypatch):  # until `PromptTuning` reads `embedding_dim` itself
-    sizes = layers.sizes
-    monkeypatch.setattr(layers, "sizes", lambda m: (32, 32) if hasattr(m, "token") else sizes(m))
 
 
 @pytest.fixture
@@ -539,82 +592,6 @@ def test_the_largest_total_chooses_the_unit(ax, size, text):
     assert ax.texts[0].get_text() == text
 
 
-@pytest.fixture
-def page():
-    with plt.rc_context(figures.STYLE):
-        fig, ax = plt.subplots(figsize=(9, 5))
-        rng, families = np.random.default_rng(0), {}
-        points = {}
-        for i in range(18):
-            mean, name = 70 + 8 * rng.random(), f"method number {i}"
-            summary = Summary(mean, 1.0, mean - 1, mean + 2, 9)
-            points[name] = (int(10 ** (3 + rng.random())), summary, 1e6 * (1 + i % 4))
-            families[name] = f"family {i % 7}"
-        costs.plot_page(ax, points, families)
-        fig.draw_without_rendering()
-        yield ax, points, families
-    plt.close(fig)
-
-
-def test_page_has_intervals_families_and_areas(page):
-    ax, points, families = page
-    dots = [c for c in ax.collections if len(c.get_offsets()) == 1 and "PathC" in type(c).__name__]
-    looks = {}
-    for dot, bar, (name, (n, s, operations)) in zip(
-        dots, ax.containers, points.items(), strict=True
-    ):
-        assert dot.get_offsets().tolist() == [[n, s.mean]]
-        assert bar.lines[2][0].get_segments()[0].tolist() == [[n, s.low], [n, s.high]]
-        assert dot.get_sizes()[0] == pytest.approx(50e-6 * operations)
-        colour, shape = (
-            to_hex(dot.get_facecolor()[0]).upper(),
-            dot.get_paths()[0].vertices.tobytes(),
-        )
-        looks.setdefault(families[name], set()).add((colour, shape))
-    assert [len(look) for look in looks.values()] == [1] * 7
-    assert {colour for [(colour, _)] in looks.values()} == set(figures.COLOURS[:7])
-    assert len({shape for [(_, shape)] in looks.values()}) == 7
-    first, second = [c for c in ax.get_children() if "Legend" in type(c).__name__]
-    named = {tuple(t.get_text() for t in legend.get_texts()) for legend in (first, second)}
-    assert named == {tuple(looks), ("1 MFLOP", "2 MFLOP", "4 MFLOP")}
-    assert [h.get_sizes()[0] for h in ax.get_legend().legend_handles] == [50, 100, 200]
-    assert ax.get_xscale() == "log" and ax.get_xlabel() and ax.get_ylabel() == "accuracy (%)"
-
-
-def test_page_names_every_point_and_nothing_overlaps(page):
-    ax, points, _ = page
-    assert sorted(t.get_text() for t in ax.texts) == sorted(points)
-    assert {t.get_text(): t.xy for t in ax.texts} == {
-        k: (n, s.mean) for k, (n, s, _) in points.items()
-    }
-    assert_apart(ax.texts)
-    for text in extents(ax.texts):
-        assert all(ax.bbox.contains(*corner) for corner in text.get_points())
-        for n, s, operations in points.values():
-            x, y = ax.transData.transform((n, s.mean))
-            half = np.sqrt(50e-6 * operations) / 2 * 100 / 72
-            assert not text.overlaps(text.from_extents(x - half, y - half, x + half, y + half))
-            low, high = ax.transData.transform([(n, s.low), (n, s.high)])
-            assert not text.overlaps(text.from_extents(*low, *high))
-    first, second = [c for c in ax.get_children() if "Legend" in type(c).__name__]
-    assert_apart([first, second])
-
-
-def test_page_leads_distant_names_to_their_points(page):
-    ax, *_ = page
-    for text in ax.texts:
-        box, xy = Text.get_window_extent(text), ax.transData.transform(text.xy)
-        gap = np.hypot(*np.maximum(0, np.abs((box.min + box.max) / 2 - xy) - box.size / 2))
-        assert gap < 150 and (text.arrow_patch.get_visible() or gap < 20)
-    assert {text.arrow_patch.get_visible() for text in ax.texts} == {True, False}
-
-
-def test_page_refuses_a_method_that_trains_nothing(ax):
-    points = {"none": (0, *summaries(3), 1e6), "one": (1, *summaries(3), 1e6)}
-    with pytest.raises(ValueError, match=r"\['none'\] train nothing"):
-        costs.plot_page(ax, points, dict.fromkeys(points, "family"))
-
-
 def test_grid_has_its_numbers_in_its_cells(ax):
     values = np.array([[1.26, 20, 30], [40, 50, 60]])
     figures.plot_grid(ax, values, ["a", "b"], [1, 2, 4], xlabel="rank", ylabel="rate")
@@ -635,6 +612,47 @@ def test_grids_that_are_compared_share_their_colours(ax):
     limits, names = (0, 80), {"xlabel": "rank", "ylabel": "rate"}
     figures.plot_grid(ax, [[10, 20]], ["a"], [1, 2], **names, limits=limits)
     assert ax.images[0].get_clim() == limits
+
+
+@pytest.fixture
+def front():
+    with plt.rc_context(figures.STYLE):
+        fig, ax = plt.subplots(figsize=(9, 5))
+        rng, points, best = np.random.default_rng(0), {}, []
+        for i, cost in enumerate(np.sort(10 ** (3 + rng.random(18)))):
+            mean, name = 70 + 8 * rng.random(), f"method number {i}"
+            points[name] = (int(cost), Summary(mean, 1.0, mean - 1, mean + 2, 9))
+            best += [name] if i % 2 else []
+        costs.plot_front(ax, points, best)
+        fig.draw_without_rendering()
+        yield ax, points, best
+    plt.close(fig)
+
+
+def test_a_front_names_its_points_and_names_overlap_nothing(front):
+    ax, points, best = front
+    assert sorted(t.get_text() for t in ax.texts) == sorted(best)
+    assert {t.get_text(): t.xy for t in ax.texts} == {
+        name: (points[name][0], points[name][1].mean) for name in best
+    }
+    assert_apart(ax.texts)
+    for text in extents(ax.texts):
+        assert all(ax.bbox.contains(*corner) for corner in text.get_points())
+        for name in best:
+            cost, s = points[name]
+            x, y = ax.transData.transform((cost, s.mean))
+            assert not text.overlaps(text.from_extents(x - 5, y - 5, x + 5, y + 5))
+            low, high = ax.transData.transform([(cost, s.low), (cost, s.high)])
+            assert not text.overlaps(text.from_extents(*low, *high))
+
+
+def test_a_front_leads_distant_names_to_their_points(front):
+    ax, *_ = front
+    for text in ax.texts:
+        box, xy = Text.get_window_extent(text), ax.transData.transform(text.xy)
+        gap = np.hypot(*np.maximum(0, np.abs((box.min + box.max) / 2 - xy) - box.size / 2))
+        assert gap < 150 and (text.arrow_patch.get_visible() or gap < 20)
+    assert {text.arrow_patch.get_visible() for text in ax.texts} == {True, False}
 
 
 def test_a_front_is_joined_and_named_and_the_rest_is_faint(ax):

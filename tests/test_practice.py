@@ -8,9 +8,19 @@ import torch
 
 from helpers.models import TinyTransformer
 from helpers.peft import arithmetic, dequantize, quantize, surgery
-from helpers.study import Summary, part2, part3, part3_adapters, reproducible, stream, tuning
-from helpers.study.part2 import TECHNIQUES, prepare, samples
-from helpers.study.spectrum import linear_weights
+from helpers.study import (
+    Summary,
+    digits,
+    part2,
+    part3,
+    part3_adapters,
+    reproducible,
+    stream,
+    tuning,
+)
+from helpers.study.digits import samples
+from helpers.study.part2 import prepare
+from helpers.study.part3_adapters import linear_weights
 from helpers.training import (
     count_parameters,
     evaluate,
@@ -30,13 +40,13 @@ def base(monkeypatch):
         model = TinyTransformer()
         optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
         train(model, *samples(0, "faint")["source"], optimizer=optimizer, epochs=3, batch_size=64)
-    monkeypatch.setattr(part2, "pretrained", lambda seed: copy.deepcopy(model))
+    monkeypatch.setattr(digits, "pretrained", lambda seed: copy.deepcopy(model))
     return model
 
 
 def lora(base, rows, *, seed):
     """Return the base with a LoRA of rank 4 after five steps under the frozen head."""
-    model = prepare(base, TECHNIQUES["LoRA"], seed=seed)
+    model = prepare(base, part2.lora(*part2.LINEAR, r=4), seed=seed)
     freeze(model.head)
     list(part3.learn(model, rows, lr=1e-2, marks=[5]))
     return model

@@ -176,16 +176,16 @@ def untouched(folder=""):
 
 
 def label_curve(
-    seed, *, texts, plan, C, budgets=BUDGETS, score_on="test", train=tune, told=4, folder=""
+    seed, *, texts, plan, C, budgets=BUDGETS, score_on="test", train=None, told=4, folder=""
 ):
     """Train on a few labelled texts of each topic, in each way of `plan`.
 
     `plan` has for each column its technique, label budget and rate, which are varied, smaller
     samples being parts of larger ones; `texts` and `C`, the penalty or penalties of linear probing
-    at all `budgets`, are fixed, as are how to `train` and at which budget to score retrieval,
-    `told`. Rates are chosen on "validation" rows, `score_on`. Returns in percent the accuracies, by
-    column; of headlines at `told` labels, but from scratch, ".../retrieval" after that training;
-    and "margin".
+    at all `budgets`, are fixed, as are how to `train`, None being `tune`, and at which budget to
+    score retrieval, `told`. Rates are chosen on "validation" rows, `score_on`. Returns in percent
+    the accuracies, by column; of headlines at `told` labels, but from scratch, ".../retrieval"
+    after that training; and "margin".
     """
     lowest = getattr(train, "first", FIRST.get)  # block of a technique
     with reproducible(seed):
@@ -211,9 +211,9 @@ def label_curve(
                 if at != k:
                     continue
                 model, first = copy.deepcopy(base), lowest(name)
-                if train is not tune or name.startswith("LP-FT"):
+                if train or name.startswith("LP-FT"):
                     model.head = training.logistic_head(features, t, C=PROBE_C)
-                train(model, _some_of(whole[first], part), t, technique=name, lr=rate)
+                (train or tune)(model, _some_of(whole[first], part), t, technique=name, lr=rate)
                 scores[column] = training.evaluate(model, held[first], labels)
                 kept = k == told and texts == "headlines" and score_on == "test"
                 if kept and name != "from scratch":
@@ -311,4 +311,5 @@ def _step(way, folder):
 def _memory(model, X, y):
     kept = training.activation_bytes(model, X, y)
     counts = training.count_parameters(model)
-    return training.step_memory(*counts, kept, weight=4, gradient=4, state=8)
+    parts = training.step_memory(*counts, kept, weight=4, gradient=4, state=8)
+    return parts | {"weights": parts["weights"] + sum(b.nbytes for b in model.buffers())}

@@ -3,18 +3,27 @@
 import copy
 import math
 
+from torch import nn
+
 from helpers import peft, training
 from helpers.study import digits, part2
 from helpers.study.part3 import FOUR_BIT, learn
 from helpers.study.seeds import percent, reproducible, stream
-from helpers.study.spectrum import linear_weights
+
+
+def linear_weights(model):
+    """Return the weights of a transformer's linear layers in its blocks, adapters merged."""
+    model = copy.deepcopy(model)
+    peft.merge(model)
+    layers = {k: m for k, m in model.blocks.named_modules() if isinstance(m, nn.Linear)}
+    return {name: layer.weight.detach() for name, layer in layers.items()}
 
 
 def learn_in_turn(seed, *, rates, tasks=("noisy", "inverted", "turned"), steps=40, per_class=10):
     """Learn tasks one after another: in one set of weights, in one adapter, or in one each.
 
     The way is varied: "one set of weights", "one LoRA", and "a LoRA each", which is switched to the
-    task at hand, or off where it has none. Fixed are `tasks` (keys of part 2's `TARGETS`, in the
+    task at hand, or off where it has none. Fixed are `tasks` (keys of `digits.TARGETS`, in the
     order of learning), the rates of "full fine-tuning" and "LoRA", steps and labels. Returns
     "way/i/j", accuracy in percent on task j after learning i tasks, j = 0 being the source's
     images and i = 0 the pre-trained model; and "margin".
@@ -45,7 +54,7 @@ def learn_in_turn(seed, *, rates, tasks=("noisy", "inverted", "turned"), steps=4
 def combine_adapters(seed, *, lr, tasks=("inverted", "turned"), r=4, steps=40, per_class=10):
     """Train a LoRA for each of two tasks, under the pre-trained head, and combine the two.
 
-    The combination is varied; `tasks` (keys of part 2's `TARGETS`), rate, rank, steps and labels
+    The combination is varied; `tasks` (keys of `digits.TARGETS`), rate, rank, steps and labels
     are fixed. Returns "combination/domain", accuracy in percent, the source among the domains;
     "distance", from the update of averaged A and B to the averaged update, in percent of the
     latter's Frobenius norm; and "margin".
