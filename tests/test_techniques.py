@@ -312,9 +312,11 @@ def test_costs_count_what_is_trained_and_sum_what_memory_lists(folder):
     assert work["linear probing"] < work["LayerNorm tuning"] < work["top two blocks"]
     assert 2 * work["LoRA"] < work["prompt tuning"]  # its gradient passes through all blocks
     plain = kept["linear probing"]["weights"]
+    frozen = {"PiSSA": TRAINED["PiSSA"], "VeRA": 2 * 64 * SIZES["d"]}  # its start; the shared pair
     for name in TECHNIQUES:
-        new = name not in ("BitFit", "LayerNorm tuning", "top two blocks", "full fine-tuning")
-        assert kept[name]["weights"] - plain == 4 * TRAINED[name] * new
+        new = name not in ("top two blocks", "full fine-tuning")  # BitFit keeps what was there
+        added = TRAINED[name] * new + frozen.get(name, 0)
+        assert kept[name]["weights"] - plain == 4 * added
 
 
 MERGED = "merged into plain layers: True, same outputs: True"
