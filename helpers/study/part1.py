@@ -63,17 +63,14 @@ def start(texts, folder=""):
 
 
 def some(tokens, rows):
-    """Return some rows of tokens; only `rows`, numbers of any shape, are chosen."""
-    return {name: t[rows.flatten()] for name, t in tokens.items()}
+    """Return some rows of tokens, or of cached blocks; only `rows`, of any shape, are chosen."""
+    chosen = {name: t[rows.flatten()] for name, t in tokens.items()}
+    return tokens.like(chosen) if hasattr(tokens, "like") else chosen
 
 
 def cached(model, X, first):
     """Return rows as block `first` reads them, or tokens where that is the lowest."""
     return training.cache_prefix(model, X, first=first) if first else X
-
-
-def _some_of(X, rows):
-    return X.like(some(X, rows)) if hasattr(X, "like") else some(X, rows)
 
 
 def embed(texts, rows, *, folder=""):
@@ -213,7 +210,7 @@ def label_curve(
                 model, first = copy.deepcopy(base), lowest(name)
                 if train or name.startswith("LP-FT"):
                     model.head = training.logistic_head(features, t, C=PROBE_C)
-                (train or tune)(model, _some_of(whole[first], part), t, technique=name, lr=rate)
+                (train or tune)(model, some(whole[first], part), t, technique=name, lr=rate)
                 scores[column] = training.evaluate(model, held[first], labels)
                 kept = k == told and texts == "headlines" and score_on == "test"
                 if kept and name != "from scratch":

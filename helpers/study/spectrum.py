@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from helpers import peft
-from helpers.study import part2
+from helpers.study import part1, part2
 from helpers.study.seeds import reproducible
 
 
@@ -40,7 +40,7 @@ def update_spectrum(seed, *, rates, folder=""):
     found, train = {}, part2.Train()
     with reproducible(seed):
         begin, (X, y), _ = part2.few(seed, folder=folder)
-        X, before = part2.part1.cached(begin, X, part2.TOP[0]), weights(begin)
+        X, before = part1.cached(begin, X, part2.TOP[0]), weights(begin)
         for name, lr in rates.items():
             model, looks = copy.deepcopy(begin), []
             train(model, X, y, technique=name, lr=lr)
