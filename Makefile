@@ -29,11 +29,13 @@ execute: $(READY) ## run the notebooks top to bottom and store their outputs (AR
 	$(RUN) helpers.execute --timeout 1800 $(NOTEBOOKS) --jobs $(JOBS) $(ARGS)
 	@test -n "$(ARGS)" || $(MAKE) --silent picture
 
-picture: $(READY) ## take the README's picture out of notebook 1
-	@$(VENV)/bin/python -c "import base64, nbformat; \
-	  nb = nbformat.read('notebooks/01_transfer_learning.ipynb', as_version=4); \
-	  out, = [o for c in nb.cells if c.id == 'curve' for o in c.outputs]; \
-	  open('notebooks/picture.png', 'wb').write(base64.b64decode(out.data['image/png']))"
+picture: $(READY) ## take the picture of each first screen out of its notebook
+	@$(VENV)/bin/python -c "import base64, glob, nbformat; \
+	  shown = {'01': 'curve', '02': 'page', '03': 'guide'}; \
+	  cells = [(p[10:12], c) for p in glob.glob('notebooks/0*.ipynb') for c in nbformat.read(p, 4).cells]; \
+	  found = [(k, o.data) for k, c in cells for o in c.get('outputs', []) if c.id == shown[k] and 'data' in o]; \
+	  [open(f'notebooks/picture_{int(k)}.png', 'wb').write(base64.b64decode(d['image/png'])) \
+	   for k, d in found if 'image/png' in d]"
 
 test: style unit check nbval ## all that CI checks: style, unit tests, stored form, and outputs that repeat
 

@@ -400,8 +400,11 @@ def test_prose_says_what_the_output_says(part, prose, output, line, times):
     assert sum(bool(re.search(line, text)) for text in lines) == times
 
 
-def test_the_readme_shows_a_figure_of_the_notebook():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (name,) = re.findall(r"!\[.*\]\((.*\.png)\)", readme)
-    shown = (ROOT / name).read_bytes()
-    assert shown in figures(PART1), "run `make picture`"
+@pytest.mark.parametrize("path", [ROOT / "README.md", *NOTEBOOKS], ids=lambda p: p.stem)
+def test_a_first_screen_shows_a_figure_of_its_notebook(path):
+    text = path.read_text(encoding="utf-8")
+    (name,) = re.findall(r"!\[[^]]{20,}\]\((.*\.png)\)", text)
+    shown = (path.parent / name).read_bytes()
+    of = NOTEBOOKS[int(name[-5]) - 1]
+    assert path in (of, ROOT / "README.md")
+    assert shown in figures(of), "run `make picture`"

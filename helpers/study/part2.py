@@ -223,6 +223,8 @@ def demonstrate(name, seed, *, lr, folder=""):
         model, train = copy.deepcopy(begin), Train()
         train.inject(model, name)
         ends = [module.rpartition(".")[2] for module in peft.adapters(model)]
+        if not ends:
+            raise ValueError(f"{name} adds nothing to switch off or to merge: `page` scores it")
         counted, in_head = (training.count_parameters(part) for part in (model, model.head))
         gap = (training.predict(model, X) - training.predict(begin, X)).abs().max()
         frozen = {k: p for k, p in model.named_parameters() if not p.requires_grad}
