@@ -614,104 +614,48 @@ def test_grids_that_are_compared_share_their_colours(ax):
     assert ax.images[0].get_clim() == limits
 
 
-@pytest.fixture
-def front():
-    with plt.rc_context(figures.STYLE):
-        fig, ax = plt.subplots(figsize=(9, 5))
-        rng, points, best = np.random.default_rng(0), {}, []
-        for i, cost in enumerate(np.sort(10 ** (3 + rng.random(18)))):
-            mean, name = 70 + 8 * rng.random(), f"method number {i}"
-            points[name] = (int(cost), Summary(mean, 1.0, mean - 1, mean + 2, 9))
-            best += [name] if i % 2 else []
-        costs.plot_front(ax, points, best)
-        fig.draw_without_rendering()
-        yield ax, points, best
-    plt.close(fig)
-
-
-def test_a_front_names_its_points_and_names_overlap_nothing(front):
-    ax, points, best = front
-    assert sorted(t.get_text() for t in ax.texts) == sorted(best)
-    assert {t.get_text(): t.xy for t in ax.texts} == {
-        name: (points[name][0], points[name][1].mean) for name in best
-    }
-    assert_apart(ax.texts)
-    for text in extents(ax.texts):
-        assert all(ax.bbox.contains(*corner) for corner in text.get_points())
-        for name in best:
-            cost, s = points[name]
-            x, y = ax.transData.transform((cost, s.mean))
-            assert not text.overlaps(text.from_extents(x - 5, y - 5, x + 5, y + 5))
-            low, high = ax.transData.transform([(cost, s.low), (cost, s.high)])
-            assert not text.overlaps(text.from_extents(*low, *high))
-
-
-def test_a_front_leads_distant_names_to_their_points(front):
-    ax, *_ = front
-    for text in ax.texts:
-        box, xy = Text.get_window_extent(text), ax.transData.transform(text.xy)
-        gap = np.hypot(*np.maximum(0, np.abs((box.min + box.max) / 2 - xy) - box.size / 2))
-        assert gap < 150 and (text.arrow_patch.get_visible() or gap < 20)
-    assert {text.arrow_patch.get_visible() for text in ax.texts} == {True, False}
-
-
-def test_a_front_is_joined_and_named_and_the_rest_is_faint(ax):
-    points = {n: (x, s) for n, x, s in zip("abc", (1, 10, 100), summaries(5, 9, 7), strict=True)}
-    costs.plot_front(ax, points, ["a", "b"])
-    assert {t.get_text() for t in ax.texts} == {"a", "b"}
-    line = next(line for line in ax.lines if len(line.get_xdata()) == 2)
-    assert (list(line.get_xdata()), list(line.get_ydata())) == ([1, 10], [5, 9])
-    dots = [c for c in ax.collections if len(c.get_facecolor()) == 1]
-    colours = [to_hex(c.get_facecolor()[0]) for c in dots]
-    assert colours[0] == colours[1] != colours[2] and ax.get_xscale() == "log"
-
-
-def test_a_front_of_a_linear_cost_keeps_its_axis(ax):
-    points = {"a": (0, Summary(5, 1, 4, 6, 9)), "b": (80, Summary(9, 1, 8, 10, 9))}
-    costs.plot_front(ax, points, ["a", "b"], xscale="linear")
-    assert ax.get_xscale() == "linear" and ax.get_xlim()[0] < 0
-
-
-def test_a_stored_table_is_shown_again_and_a_missing_one_is_named(tmp_path, monkeypatch):
-    shown = []
-    monkeypatch.setattr(tables, "display", shown.append)
+def test_a_stored_table_is_read_and_a_missing_one_is_named(tmp_path):
     path = tmp_path / "a.ipynb"
-    output = nbformat.v4.new_output("display_data", {"text/markdown": "| 7 |"})
+    table = "| k | a | b |\n| --- | --- | --- |\n| x | 1 |  |\n| y |  | +2.0 [1, 3] ▲ |"
+    output = nbformat.v4.new_output("display_data", {"text/markdown": table})
     cells = [nbformat.v4.new_code_cell(id=name) for name in ("with", "without")]
-    cells[0].outputs = [nbformat.v4.new_output("stream", text="no table"), output]
+    cells[0].outputs = [nbformat.v4.new_output("stream", text="no table"), output, output]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
-    tables.show_stored("a.ipynb", "with", folder=tmp_path)
-    assert [m.data for m in shown] == ["| 7 |"]
+    found, again = tables.read_table("a.ipynb", "with", folder=tmp_path)
+    assert found == again and (found["x", "a"], found["x", "b"]) == ("1", "")
+    assert (found["y", "k"], found["y", "b"]) == ("y", "+2.0 [1, 3] ▲")
     for name, cell in (("a.ipynb", "without"), ("b.ipynb", "with")):
         with pytest.raises(ValueError, match=f"{name} has no table in a cell '{cell}': store it"):
-            tables.show_stored(name, cell, folder=tmp_path)
+            tables.read_table(name, cell, folder=tmp_path)
 
 
-def test_what_fits_is_left_of_its_budget_and_checkpointing_is_hollow(ax):
-    totals = {"small": {"full": 9e9, "LoRA": 2e9}, "large": {"full": 9e10, "LoRA": 3e10}}
-    less = {m: {r: v / 2 for r, v in recipes.items()} for m, recipes in totals.items()}
-    costs.plot_fits(ax, totals, less, (8, 24))
-    drawn = {
-        (c.get_offsets()[0][0], same_color(c.get_facecolor()[0], "white"))
-        for c in ax.collections
-        if len(c.get_offsets()) == 1
+def test_what_fits_is_coloured_by_the_smallest_budget_that_holds_it(ax):
+    totals = {"small": {"full": 9e9, "LoRA": 8e9}, "large": {"full": 9.1e11, "LoRA": 3e10}}
+    costs.plot_fits(ax, totals, (8, 24, 80))
+    shade = {p.get_xy(): to_hex(p.get_facecolor()) for p in ax.patches}
+    legend = {t.get_text(): to_hex(p.get_facecolor()) for t, p in zip(
+        ax.get_legend().get_texts(), ax.get_legend().get_patches(), strict=True)}  # fmt: skip
+    fits = {(0, 0): "fits in 24 GB", (1, 0): "fits in 8 GB", (0, 1): "in none",
+            (1, 1): "fits in 80 GB"}  # fmt: skip
+    assert {at: shade[at[0] - 0.5, at[1] - 0.5] for at in fits} == {
+        at: legend[name] for at, name in fits.items()
     }
-    assert drawn == {(9, False), (4.5, True), (2, False), (1, True)} | {
-        (90, False), (45, True), (30, False), (15, True)
-    }  # fmt: skip
-    assert [t.get_text() for t in ax.texts] == ["8 GB", "24 GB"]
-    labels = [t.get_text() for t in ax.get_legend().get_texts()]
-    assert labels == ["full", "LoRA", "with checkpointing"]
+    assert len(set(legend.values())) == 4
+    assert sorted(t.get_text() for t in ax.texts) == ["30 GB", "8 GB", "9 GB", "910 GB"]
 
 
-def test_a_guide_shows_every_case_once_and_nothing_overlaps():
-    fig, ax = plt.subplots(figsize=(9, 4))
-    branches = {"near": {"1": "probe: 40 %", "50": "LoRA: 80 %"}, "far": {"1": "scratch: 30 %"}}
-    figures.plot_guide(ax, "How far?", branches)
-    texts = [t.get_text() for t in ax.texts]
-    leaves = {leaf for cases in branches.values() for leaf in cases.values()}
-    assert sorted(texts) == sorted(["How far?", "near", "far", "1", "50", "1", *leaves])
-    fig.draw_without_rendering()
-    boxes = [t.get_bbox_patch().get_window_extent() for t in ax.texts]
-    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
-    plt.close(fig)
+def test_a_guide_shows_each_gain_with_its_interval_on_both_sets(ax):
+    lines = {
+        ("1 label", "guess"): {"a": (22.0, 16.0, 27.0), "b": (4.0, -1.0, 11.0)},
+        ("8 labels", "LoRA"): {"a": (4.0, 2.0, 7.0), "b": (1.0, 0.0, 3.0)},
+    }
+    figures.plot_guide(ax, lines)
+    bars = [c.lines[2][0].get_segments()[0] for c in ax.containers]
+    spans = [tuple(bar[:, 0]) for bar in bars]
+    assert spans == [(16, 27), (-1, 11), (2, 7), (0, 3)]
+    heights = [bar[0, 1] for bar in bars]
+    assert len(set(heights)) == 4 and [round(h) for h in heights] == [0, 0, 1, 1]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["1 label:\nguess", "8 labels:\nLoRA"]
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["a", "b"]
+    faces = [c.lines[0].get_markerfacecolor() for c in ax.containers]
+    assert faces[0] == faces[2] != faces[1] == faces[3]

@@ -195,12 +195,14 @@ def test_labels_are_numbers_if_all_of_them_are(written, labels, classes):
     assert [str(classes[c]) if c >= 0 else "" for c in found.y.tolist()] == labels
 
 
-def test_repeats_are_left_out_and_told_and_the_labelled_copy_stays(written):
-    rows = "text,label\none,\none,a\ntwo,b\nthree,\ntwo,b\none,\nthree,\n t  wo,b\n"
+def test_labelled_repeats_are_left_out_and_told_and_every_text_knows_its_row(written):
+    rows = "text,label\none,\none,a\ntwo,b\n\nthree,\ntwo,b\none,\nthree,\n t  wo,b\n"
     found = read_texts(written(rows))
-    assert found.texts == ["one", "two", "three", " t  wo"] and found.y.tolist() == [0, 1, -1, 1]
+    assert found.texts == ["one", "one", "two", "three", "one", "three", " t  wo"]
+    assert found.y.tolist() == [-1, 0, 1, -1, -1, -1, 1]
+    assert found.rows == [0, 1, 2, 3, 5, 6, 7]
     assert found.notes == [
-        "4 rows repeat another text and are left out, those without a label first.",
+        "1 labelled rows repeat another one and are left out.",
         "Class 'a' has a single text.",
     ]
 

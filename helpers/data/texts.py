@@ -50,12 +50,15 @@ class Texts(NamedTuple):
         What the labels 0..C-1 are called.
     notes : sequence of str
         What a reader of the results should know of the texts, in sentences.
+    rows : sequence of int
+        Of texts from a file, each one's row in it, the first below the header being 0.
     """
 
     texts: list
     y: torch.Tensor
     classes: list
     notes: Sequence = ()
+    rows: Sequence = ()
 
     def take(self, rows):
         """Return the texts of some rows.
@@ -164,8 +167,8 @@ def read_texts(path):
     """Read a CSV file with columns ``text`` and ``label``, and check it.
 
     Other columns are ignored. An empty label means: none. Labels are kept as they are written,
-    or as integers if all of them are whole numbers. Of texts that differ in white space only the
-    first is kept, or the labelled one.
+    or as integers if all of them are whole numbers. Of labelled texts that differ in white space
+    only the first is kept: its copy would be trained on and scored. Texts without a label all stay.
 
     Parameters
     ----------
@@ -183,29 +186,28 @@ def read_texts(path):
         If the file cannot be read as such, a text is empty or has two labels, or there are fewer
         than two classes. The message names the file, the line and a cure.
     """
-    path, kept = Path(path), {}
+    path, kept, seen = Path(path), [], {}
     rows = _rows(path, _decoded(path))
-    for line, text, label in rows:
+    for number, (line, text, label) in enumerate(rows):
         key = " ".join(text.split())
         if not key:
             raise _refused(path, line, "the text is empty, leave the row out")
-        first, _, known = kept.setdefault(key, (line, text, label))
-        if label and not known:
-            kept[key] = line, text, label
-        elif label and label != known:
+        first, known = seen.setdefault(key, (line, label)) if label else (line, label)
+        if label != known:
             told = f"labelled {label!r}, and {known!r} in line {first} with the same text: keep one"
             raise _refused(path, line, told)
-    labels = [label for _, _, label in kept.values()]
+        if line == first:
+            kept.append((number, text, label))
+    labels = [label for _, _, label in kept]
     classes = {*labels} - {""}
     whole = all(re.fullmatch("0|-?[1-9][0-9]{0,17}", c) for c in classes)
     classes = sorted(classes, key=int if whole else None)
     if len(classes) < 2:
         raise ValueError(f"{path.name} has the labels {classes}: it takes at least two classes")
-    texts = _labelled([text for _, text, _ in kept.values()], labels, classes)
+    texts = _labelled([text for _, text, _ in kept], labels, classes)
+    texts = texts._replace(rows=[number for number, *_ in kept])
     if left := len(rows) - len(kept):
-        texts.notes.append(
-            f"{left} rows repeat another text and are left out, those without a label first."
-        )
+        texts.notes.append(f"{left} labelled rows repeat another one and are left out.")
     alone = [c for c in classes if labels.count(c) == 1]
     texts.notes.extend(f"Class {c!r} has a single text." for c in alone)
     return texts._replace(classes=[int(c) for c in classes]) if whole else texts

@@ -210,30 +210,26 @@ def plot_grid(ax, values, rows, columns, *, xlabel, ylabel, limits=(None, None))
     ax.spines[:].set_visible(False)
 
 
-def plot_guide(ax, question, branches):
-    """Draw a decision as a tree from left to right: question, branches, leaves.
+def plot_guide(ax, lines):
+    """Draw the series' guide: one row for each situation, what it gains on each set of texts.
 
     Parameters
     ----------
     ax : Axes
-        Its frame is hidden.
-    question : str
-    branches : dict of str to dict of str to str
-        For each answer its cases, each with what is recommended.
+    lines : dict of (str, str) to dict of str to tuple of (float, float, float)
+        Situation and advice, from top to bottom; for each set of texts the gain with the ends of
+        its interval. The sets' markers are filled, then hollow.
     """
-    leaves = [(b, case, leaf) for b, cases in branches.items() for case, leaf in cases.items()]
-    rows = {b: [i for i, (name, *_) in enumerate(leaves) if name == b] for b in branches}
-    middle = {b: sum(at) / len(at) for b, at in rows.items()}
-    box = dict(boxstyle="round,pad=0.4", facecolor=FROZEN, edgecolor=LINE, linewidth=0.8)
-    style = dict(va="center", fontsize=9, zorder=3)
-    root = (len(leaves) - 1) / 2
-    ax.text(0.09, root, question, ha="center", bbox=box, **style)
-    for b, y in middle.items():  # lines run from middle to middle, below the boxes
-        ax.plot([0.09, 0.34], [root, y], color=LINE, linewidth=1, zorder=1)
-        ax.text(0.34, y, b, ha="center", bbox=box, **style)
-    for i, (b, case, leaf) in enumerate(leaves):
-        ax.plot([0.34, 0.58, 0.68], [middle[b], i, i], color=LINE, linewidth=1, zorder=1)
-        ax.text(0.58, i, case, ha="center", bbox=box | {"facecolor": "white"}, **style)
-        ax.text(0.68, i, leaf, ha="left", bbox=box | {"facecolor": "#FBE3B0"}, **style)
-    ax.set(xlim=(0, 1.05), ylim=(len(leaves) - 0.5, -0.5))
-    ax.axis("off")
+    for row, gains in enumerate(lines.values()):
+        for i, (texts, (gain, low, high)) in enumerate(gains.items()):
+            style = dict(color=COLOURS[i], marker=MARKERS[i], markersize=7, linewidth=1.8)
+            style["markerfacecolor"] = "white" if i else COLOURS[i]
+            at, arms = row + 0.3 * (i - (len(gains) - 1) / 2), [[gain - low], [high - gain]]
+            ax.errorbar(gain, at, xerr=arms, label=None if row else texts, **style)
+    for row in range(1, len(lines)):
+        ax.axhline(row - 0.5, color=FROZEN, linewidth=1, zorder=0)
+    ax.axvline(0, color=LINE, linestyle=":", linewidth=1.2)
+    names = [f"{situation}:\n{advice}" for situation, advice in lines]
+    ax.set(yticks=range(len(lines)), yticklabels=names, ylim=(len(lines) - 0.5, -0.5))
+    ax.grid(False, axis="y")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)

@@ -41,8 +41,8 @@ def show_table(header, rows):
     display(Markdown("\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)))
 
 
-def show_stored(name, cell, *, folder=NOTEBOOKS):
-    """Display the tables that a cell of another notebook has stored.
+def read_table(name, cell, *, folder=NOTEBOOKS):
+    """Return the tables that a cell of a stored notebook shows: the series' guide is made of them.
 
     Parameters
     ----------
@@ -53,15 +53,24 @@ def show_stored(name, cell, *, folder=NOTEBOOKS):
     folder : Path, default=NOTEBOOKS
         This project's ``notebooks/``.
 
+    Returns
+    -------
+    list of dict of (str, str) to str
+        For each table, what stands in a row, by its first cell, and a column, by its head.
+
     Raises
     ------
     ValueError
         If the notebook or the table is missing.
     """
-    path = folder / name
+    path, tables = folder / name, []
     cells = nbformat.read(path, as_version=4).cells if path.exists() else []
-    outputs = [o for c in cells if c.id == cell for o in c.get("outputs", [])]
-    tables = [o.data["text/markdown"] for o in outputs if "text/markdown" in o.get("data", {})]
+    for output in (o for c in cells if c.id == cell for o in c.get("outputs", [])):
+        text = output.get("data", {}).get("text/markdown", "")
+        lines = [line[1:-1].split("|") for line in text.splitlines() if line[:1] == "|"]
+        if lines:
+            head, _, *rows = [[cell.strip() for cell in line] for line in lines]
+            tables.append({(row[0], h): v for row in rows for h, v in zip(head, row, strict=True)})
     if not tables:
         raise ValueError(f"{name} has no table in a cell {cell!r}: store it with `make execute`")
-    display(Markdown("\n\n".join(tables)))
+    return tables

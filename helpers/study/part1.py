@@ -248,10 +248,10 @@ def plan_of(texts, chosen):
     These are for 4 labels of each topic: L2-SP, gradual unfreezing and a rate three times as large.
     """
     plan = {f"{n}/{k}": (n, k, chosen[n]) for n, at in CURVE.items() for k in at}
+    plan["from scratch/4"] = ("from scratch", 4, chosen["full fine-tuning"])
     if texts == "headlines":
         rate = chosen["top two blocks"]
         plan |= {f"{n}/4": (n, 4, rate) for n in ("L2-SP, top two", "gradual unfreezing")}
-        plan["from scratch/4"] = ("from scratch", 4, chosen["full fine-tuning"])
         plan["top two blocks, 3 x rate/4"] = ("top two blocks", 4, 3 * rate)
     return plan
 
