@@ -14,7 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from helpers.models import Encoder, TextClassifier, Tokenizer, bundled, checkpoint, stages
+from helpers.models import (
+    Encoder,
+    TextClassifier,
+    Tokenizer,
+    bundled,
+    checkpoint,
+    save_bert,
+    stages,
+)
 from helpers.peft import inject_lora, inject_prefix, inject_prompt, merge
 from helpers.study import reproducible
 from helpers.training import cache_prefix, count_parameters, freeze, freeze_to
@@ -111,6 +119,31 @@ def test_features_are_those_of_sentence_transformers(dtype, atol):
     close(found, expected, atol)
     gap = (found - expected).abs().max().item()
     print(f"largest difference from sentence-transformers, {dtype}: {gap:.1e}")
+
+
+def test_a_merged_encoder_is_saved_for_sentence_transformers_and_for_us(tmp_path):
+    model = TextClassifier(packaged(torch.float32), 2)
+    freeze(model)
+    names = inject_lora(model, ["q_proj", "v_proj"], r=2)
+    for name in names:
+        nn.init.normal_(model.get_submodule(name).lora_B, std=0.05)
+    with pytest.raises(ValueError, match=r"has no 'blocks.0.*lora_A': merge or unload"):
+        save_bert(model.encoder, tmp_path, bundled())
+    plain = Encoder.from_pretrained(bundled())
+    merge(model)
+    save_bert(model.encoder, tmp_path / "new", bundled())
+    again = Encoder.from_pretrained(tmp_path / "new").float()
+    changed = [
+        k for k, t in again.state_dict().items() if not torch.equal(t, plain.state_dict()[k])
+    ]
+    assert len(changed) == len(names) and all("_proj.weight" in k for k in changed)
+    theirs = sentence_transformers.SentenceTransformer(str(tmp_path / "new"), device="cpu")
+    expected = theirs.encode(TEXTS, convert_to_tensor=True, show_progress_bar=False)
+    tokens = Tokenizer(tmp_path / "new", max_length=256)(TEXTS)
+    close(F.normalize(model.features(**tokens)), expected, 1e-5)
+    other = Encoder(vocab=VOCAB, d=20, n_layers=2, n_heads=2, d_ff=30)
+    with pytest.raises(ValueError, match=r"lacks|has"):
+        save_bert(other, tmp_path / "other", bundled())
 
 
 @pytest.mark.parametrize("max_length", [64, 5, 512])

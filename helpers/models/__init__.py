@@ -1,7 +1,7 @@
 """Models to train: a pre-trained text encoder, the published MLP; their stages, fresh heads."""
 
 # fmt: off
-from helpers.models.checkpoint import Tokenizer, bundled
+from helpers.models.checkpoint import Tokenizer, bundled, save_bert
 from helpers.models.encoder import (
     Attention, Encoder, EncoderBlock, FeedForward, TextClassifier, TokenEmbedding
 )

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import tokenizers
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
+
+from helpers.files import write
 
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -144,6 +146,37 @@ def read_bert(folder):
     state = dict(map(_renamed, tensors.items()))
     state.pop(None, None)
     return _sizes(config, folder), state
+
+
+def save_bert(encoder, folder, like):
+    """Write an encoder's weights in a checkpoint's format: other libraries load the folder.
+
+    Parameters
+    ----------
+    encoder : Encoder
+        Its adapters merged.
+    folder : str or Path
+        Made if it is missing.
+    like : str or Path
+        The checkpoint that the encoder came from: configuration, tokenizer and pooler are its own.
+
+    Raises
+    ------
+    ValueError
+        If the encoder's tensors are not those of the checkpoint.
+    """
+    folder, like, state = Path(folder), Path(like), encoder.state_dict()
+    tensors = load_file(_file(like, "model.safetensors"))
+    renamed = {item[0]: _renamed(item)[0] for item in tensors.items()}
+    if extra := sorted(state.keys() - renamed.values()):
+        raise ValueError(f"{like} has no {extra[0]!r}: merge or unload adapters before saving")
+    check_state({renamed[n]: t for n, t in tensors.items() if renamed[n]}, state, like)
+    for path in like.rglob("*"):  # of sentence-transformers, too: modules.json, 1_Pooling
+        if path.suffix in (".json", ".txt"):
+            write(folder / path.relative_to(like), path.read_bytes())
+    new = {n: state[renamed[n]].to(t.dtype) if renamed[n] else t for n, t in tensors.items()}
+    new = {name: tensor.cpu().contiguous() for name, tensor in new.items()}
+    write(folder / "model.safetensors", save(new, metadata={"format": "pt"}))
 
 
 def check_state(state, expected, folder):

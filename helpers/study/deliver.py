@@ -1,0 +1,67 @@
+"""What a decision leaves behind: the model, predictions for the unlabelled texts, one page."""
+
+import base64
+import csv
+import html
+import io
+from collections import Counter
+from pathlib import Path
+
+from helpers import files
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>What to train on {n} labelled texts</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
+body {{ font: 16px/1.5 sans-serif; max-width: 44rem; margin: 2rem auto; padding: 0 1rem }}
+table {{ border-collapse: collapse }} td, th {{ padding: .2rem .8rem .2rem 0; text-align: left }}
+img {{ max-width: 100% }} pre {{ overflow-x: auto }}
+</style></head><body>
+<h1>What to train on {n} labelled texts</h1>
+{advice}
+<img alt="Score of each technique with its interval" src="data:image/png;base64,{figure}">
+<h2>Classes</h2>
+<table><tr><th>class</th><th>labelled</th><th>predicted</th></tr>{classes}</table>
+{notes}
+<h2>The model</h2>
+<p>{technique}, trained on all {n} labelled texts, is in <code>model/</code>; labels for the
+{left} texts that had none are in <code>predictions.csv</code>. To label more:</p>
+<pre>from helpers.finetuner import FineTuner
+print(FineTuner.load("model").predict(["a new text"]))</pre>
+</body></html>
+"""
+
+
+def deliver(folder, model, texts, *, advice, figure):
+    """Write ``model/``, ``predictions.csv`` and ``report.html`` into a folder.
+
+    `model` is a fitted `FineTuner`, `texts` what `read_texts` returned. Each text without a label
+    gets a line: its row in the file, its label, the probability of that label. The page holds the
+    `advice`, the `figure` and counts, and no text. Returns the labels, one for each such text.
+    """
+    folder, left = Path(folder), (texts.y == -1).nonzero()[:, 0].tolist()
+    model.save(folder / "model")
+    shares = model.predict_proba([texts.texts[i] for i in left]) if left else []
+    labels = [model.classes_[p.argmax()] for p in shares]
+    table = io.StringIO(newline="")
+    lines = csv.writer(table)
+    lines.writerow(["row", "label", "probability"])
+    for i, label, share in zip(left, labels, shares, strict=True):
+        lines.writerow([texts.rows[i] if texts.rows else i, label, f"{share.max():.4f}"])
+    files.write(folder / "predictions.csv", table.getvalue().encode())
+    image = io.BytesIO()
+    figure.savefig(image, format="png", metadata={"Software": None})
+    known, found = Counter(texts.y.tolist()), Counter(labels)
+    rows = ((name, known[i], found[name]) for i, name in enumerate(texts.classes))
+    page = PAGE.format(
+        n=len(texts.texts) - len(left),
+        left=len(left),
+        technique=html.escape(model.technique),
+        advice="".join(f"<p>{html.escape(line)}</p>" for line in str(advice).splitlines()),
+        figure=base64.b64encode(image.getvalue()).decode(),
+        classes="".join(
+            f"<tr><td>{html.escape(str(c))}</td><td>{k}</td><td>{p}</td></tr>" for c, k, p in rows
+        ),
+        notes="".join(f"<p>{html.escape(note)}</p>" for note in texts.notes),
+    )
+    files.write(folder / "report.html", page.encode())
+    return labels
