@@ -62,19 +62,21 @@ def clean_environment(folder):
     return kept | ours
 
 
-def execute(path, values=None, *, timeout=600):
+def execute(path, values=None, *, until=None, timeout=600):
     """Run a notebook from top to bottom on a clean kernel and store it in canonical form.
 
     The file is replaced in one step after the whole run was found sound, so that a crash at any
-    moment leaves it as it was. A run with `values` is stored under ``build/`` beside the
-    notebook's folder instead, as far as it came; what a stored notebook may not hold is told
-    there, not refused.
+    moment leaves it as it was. A run with `values`, or of the first cells only, is stored under
+    ``build/`` beside the notebook's folder instead, as far as it came; what a stored notebook may
+    not hold is told there, not refused.
 
     Parameters
     ----------
     path : Path
     values : dict of str to object, optional
         Parameters to set.
+    until : str, optional
+        Id of the last cell to run; the others are left out.
     timeout : int, default=600
         Seconds allowed to each cell.
 
@@ -86,7 +88,7 @@ def execute(path, values=None, *, timeout=600):
     Raises
     ------
     NotebookError
-        If a cell fails, or, without `values`, the outputs have faults.
+        If a cell fails, or there is no such cell, or the outputs of a whole run have faults.
     OSError
         If the result has no place to be stored, before anything runs.
     """
@@ -94,23 +96,29 @@ def execute(path, values=None, *, timeout=600):
     if any("injected-parameters" in c.metadata.get("tags", []) for c in nb.cells):
         raise NotebookError("holds a cell of injected parameters from an earlier run: delete it")
     folder = path.resolve().parent
-    target = (folder.parent / "build" / path.name) if values else path
+    aside = bool(values or until)  # a reader's own run
+    target = (folder.parent / "build" / path.name) if aside else path
     if unknown := sorted(set(values or ()) - set(parameters(nb))):
         raise NotebookError(f"unknown parameters {unknown}")
-    if not values and (found := stored.markers(nb)):  # before any work is lost
+    if until is not None:
+        ids = [cell.id for cell in nb.cells]
+        if until not in ids:
+            raise NotebookError(f"has no cell {until!r} to stop after; there are {', '.join(ids)}")
+        nb.cells = nb.cells[: ids.index(until) + 1]
+    if not aside and (found := stored.markers(nb)):  # before any work is lost
         raise NotebookError("\n".join(found))
     place = target.resolve()
     place.parent.mkdir(exist_ok=True)
     if not all(os.access(p, os.W_OK) for p in (place, place.parent) if p.exists()):
         raise NotebookError(f"is not run, since {os.path.relpath(place)} may not be written")
     nb, problem = _run(nb, values, folder, timeout)
-    if problem and values:
+    if problem and aside:
         files.write(target, canonical(nb).encode(errors="replace"))
         problem += f"\nWhat ran is stored as {os.path.relpath(target)}"
     if problem:
         raise NotebookError(problem)
     found = faults(nb)
-    if found and not values:
+    if found and not aside:
         raise NotebookError("\n".join(found))
     files.write(target, canonical(nb).encode(errors="replace"))
     for fault in found:
@@ -148,6 +156,7 @@ def main(argv=None):
         return 0
     if len(args.notebooks) > 1 and not args.check:
         shared = [a for pair in pairs for a in ("-p", *pair)] + ["--timeout", str(args.timeout)]
+        shared += ["--until", args.until] if args.until else []
         command = [sys.executable, "-m", "helpers.execute", *shared]
         with ThreadPoolExecutor(max(args.jobs, 1)) as pool:
             runs = [pool.submit(subprocess.run, [*command, str(p)]) for p in args.notebooks]
@@ -159,7 +168,7 @@ def main(argv=None):
                 _check(path)
                 print(f"{path}: sound")
             else:
-                target = execute(path, parsed, timeout=args.timeout)
+                target = execute(path, parsed, until=args.until, timeout=args.timeout)
                 print(f"{path}: ran, stored as {os.path.relpath(target)}")
         except (NotebookError, OSError) as error:
             print(f"{path}: {error}", file=sys.stderr)
@@ -173,6 +182,7 @@ def _parser():
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="notebooks at a time")
     parser.add_argument("--timeout", type=int, default=600, help="seconds for each cell")
+    parser.add_argument("--until", metavar="CELL", help="id of the last cell to run")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true", help="stored form only, nothing is run")
     mode.add_argument("--parameters", action="store_true", help="list what -p can set")

@@ -282,6 +282,18 @@ def test_changed_parameters_reach_the_cells_and_are_stored_under_build_only(tmp_
     assert built.cells[-1].outputs[0].text == "5\n"
 
 
+@pytest.mark.parametrize("values", [[], ["-p", "n", "5"]])
+def test_a_run_may_stop_after_a_cell_and_is_stored_under_build_only(tmp_path, capsys, values):
+    path = notebook(tmp_path, "print('first')", "raise SystemExit('never run')")
+    before = path.read_bytes()
+    assert main([str(path), "--until", "cell0", *values]) == 0
+    assert path.read_bytes() == before
+    built = nbformat.read(tmp_path / "build" / "sample.ipynb", as_version=4)
+    assert built.cells[-1].id == "cell0" and built.cells[-1].outputs[0].text == "first\n"
+    assert main([str(path), "--until", "cell9"]) == 1
+    assert "has no cell 'cell9' to stop after; there are parameters, " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "name, text, told",
     [
