@@ -13,7 +13,7 @@ from matplotlib.text import Text
 from helpers.models import MLP, Encoder, TextClassifier, TinyTransformer
 from helpers.peft import Adapter, inject
 from helpers.show import costs, drawings, figures, tables
-from helpers.study import Comparison, Summary, part1, part2, summarize
+from helpers.study import Comparison, Summary, compare, part1, part2, summarize
 from helpers.training import freeze, unfreeze
 
 
@@ -627,6 +627,16 @@ def test_a_stored_table_is_read_and_a_missing_one_is_named(tmp_path):
     for name, cell in (("a.ipynb", "without"), ("b.ipynb", "with")):
         with pytest.raises(ValueError, match=f"{name} has no table in a cell '{cell}': store it"):
             tables.read_table(name, cell, folder=tmp_path)
+
+
+@pytest.mark.parametrize("a, b", [([1.0, 4, 3, 6, 2], [0.0] * 5), ([0.0] * 5, [9.0, 7, 8, 6, 5])])
+def test_a_cell_gives_back_the_difference_that_was_printed(a, b):
+    c = compare(a, b)
+    found = tables.read_gain(c.marked)
+    assert np.allclose(found, (c.difference, c.low, c.high), atol=0.05)
+    for text in ("", "81.2 [80.1, 82.3]", "better"):
+        with pytest.raises(ValueError, match="is no difference with its interval"):
+            tables.read_gain(text)
 
 
 def test_what_fits_is_coloured_by_the_smallest_budget_that_holds_it(ax):

@@ -7,4 +7,4 @@ from helpers.show.figures import (
     STYLE, look, plot_bands, plot_classes, plot_dots, plot_grid, plot_guide, plot_seeds,
     plot_tradeoff
 )
-from helpers.show.tables import read_table, show_source, show_table
+from helpers.show.tables import read_gain, read_table, show_source, show_table

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 from pathlib import Path
 
 import nbformat
@@ -74,3 +75,25 @@ def read_table(name, cell, *, folder=NOTEBOOKS):
     if not tables:
         raise ValueError(f"{name} has no table in a cell {cell!r}: store it with `make execute`")
     return tables
+
+
+def read_gain(text):
+    """Return the difference and the ends of its interval that a table's cell tells.
+
+    Parameters
+    ----------
+    text : str
+        Such as ``+2.8 [+0.7, +5.1] ▲``.
+
+    Returns
+    -------
+    tuple of (float, float, float)
+
+    Raises
+    ------
+    ValueError
+        If it tells none.
+    """
+    if not (found := re.match(r"([+-]\S+) \[([+-]\S+), ([+-]\S+)\]", text)):
+        raise ValueError(f"{text!r} is no difference with its interval, as +2.8 [+0.7, +5.1]")
+    return tuple(map(float, found.groups()))
