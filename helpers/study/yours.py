@@ -1,4 +1,4 @@
-"""What a decision leaves behind: the model, predictions for the unlabelled texts, one page."""
+"""Part 3's own texts: headlines in place of a reader's; what a decision leaves behind."""
 
 import base64
 import csv
@@ -7,7 +7,7 @@ import io
 from collections import Counter
 from pathlib import Path
 
-from helpers import files
+from helpers import data, files
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>What to train on {n} labelled texts</title>
@@ -29,6 +29,21 @@ img {{ max-width: 100% }} pre {{ overflow-x: auto }}
 print(FineTuner.load("model").predict(["a new text"]))</pre>
 </body></html>
 """
+
+
+def as_yours(seed, *, labelled=10, left=60):
+    """Return headlines as if a reader had brought them, and what they are about.
+
+    Of each topic `labelled` have a label, and `left` none; which ones follows `seed`. Returns
+    `Texts`, and the labels of those that have none there.
+    """
+    texts = data.headlines()
+    drawn = data.draw(texts.y, seed, labelled=labelled, left=left)
+    known, rest = (drawn[name].flatten() for name in ("labelled", "left"))
+    rows = [*known.tolist(), *rest.tolist()]
+    y = texts.y[rows].clone()
+    y[len(known) :] = -1
+    return texts._replace(texts=[texts.texts[i] for i in rows], y=y), texts.y[rest].tolist()
 
 
 def deliver(folder, model, texts, *, advice, figure):
