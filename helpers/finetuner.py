@@ -5,112 +5,23 @@ import hashlib
 import json
 import math
 import os
-import shutil
-from collections.abc import Callable, Iterable
 from functools import lru_cache
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import check_random_state
-from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 from torch.nn import functional as F
 
 from helpers import files, models, peft, training
-from helpers.data import check_whole
-
-PROBE_C = 0.1  # of linear probing's logistic head, from which most techniques go on
-
-HEAD_RATE = 1e-3  # of the head, whatever the rate of what is below it
+from helpers.data import check_texts, check_whole, encode_labels
+from helpers.peft.recipes import HEAD_RATE, PROBE_C, TECHNIQUES, epochs_for
 
 NOTE, TRAINED = "finetuner.json", "trained.safetensors"  # what a saved estimator consists of
-
-# the layers that make queries and values, as models call them; the last two make keys as well
-QUERY_VALUE = ("q_proj v_proj", "query value", "q_lin v_lin", "query_proj value_proj", "q v")
-QUERY_VALUE += ("Wqkv", "in_proj")
-
-
-def epochs_for(n, batch_size):
-    """Return how many passes over n rows a fit makes: 3 or more, and about 30 steps or more.
-
-    Parameters
-    ----------
-    n, batch_size : int
-
-    Returns
-    -------
-    int
-    """
-    return max(3, round(30 / math.ceil(n / batch_size)))
-
-
-def _lora(model, blocks, generator):
-    inside = [f"{b}.{n}" for b, block in blocks.items() for n, _ in block.named_modules()]
-    for pair in map(str.split, QUERY_VALUE):
-        names = [name for name in inside if name.rpartition(".")[2] in pair]
-        if {name.rpartition(".")[2] for name in names} == {*pair}:
-            return peft.inject_lora(model, names, r=8, lora_alpha=16, generator=generator)
-    kind = type(model.encoder).__name__
-    raise ValueError(f"a {kind} has no query and value layers of a known name: take LP-FT")
-
-
-def _bitfit(model, blocks, generator):
-    inside = [(f"{b}.{n}", m) for b, block in blocks.items() for n, m in block.named_modules()]
-    peft.inject_bitfit(
-        model, [n for n, m in inside if isinstance(getattr(m, "bias", 0), nn.Parameter)]
-    )
-
-
-def _whole(model, blocks, generator):
-    """Train blocks as they are: they are copied, for the encoder is shared."""
-    for name, block in blocks.items():
-        model.set_submodule(name, copy.deepcopy(block))
-        training.unfreeze(model.get_submodule(name))
-
-
-def _scratch(model, blocks, generator):
-    model.encoder = copy.deepcopy(model.encoder)
-    training.from_scratch(model)
-
-
-class Recipe(NamedTuple):
-    """How a technique trains.
-
-    Attributes
-    ----------
-    change : callable or None
-        ``change(model, blocks, generator)`` puts what is trained into the upper blocks of a frozen
-        model; None leaves the head alone to be fitted.
-    lr : float
-        Adam's rate of what `change` sets free.
-    top : float
-        The share of the blocks, from the top, that may change; below them outputs are cached.
-    head_first : bool
-        Whether training starts from linear probing's head, or from a random one.
-    """
-
-    change: Callable | None = None
-    lr: float = 0.0
-    top: float = 1.0
-    head_first: bool = True
-
-
-TECHNIQUES = {  # the cheapest first
-    "zero labels": Recipe(head_first=False),
-    "linear probing": Recipe(),
-    "LoRA, top half": Recipe(_lora, 3e-3, top=0.5),
-    "LoRA": Recipe(_lora, 3e-3),
-    "BitFit": Recipe(_bitfit, 3e-3),
-    "LP-FT": Recipe(_whole, 1e-4),
-    "full fine-tuning": Recipe(_whole, 1e-4, head_first=False),
-    "from scratch": Recipe(_scratch, 1e-3, head_first=False),
-}
 
 
 class FineTuner(ClassifierMixin, BaseEstimator):
@@ -146,6 +57,8 @@ class FineTuner(ClassifierMixin, BaseEstimator):
         The labels, sorted.
     model_ : nn.Module
         A `helpers.models.TextClassifier`; what it shares with other estimators is frozen.
+    fitted_ : dict of str to object
+        The parameters that it was fitted with.
     base_ : str
         Digest of the encoder that it started from.
     """
@@ -190,14 +103,14 @@ class FineTuner(ClassifierMixin, BaseEstimator):
         ValueError
             If a parameter, a text, a label or the encoder's folder cannot be used; it is named.
         """
-        recipe, texts = self._checked(), _texts(X)
-        classes, target = _labels(y, len(texts))
+        recipe, texts = self._checked(), check_texts(X)
+        classes, target = encode_labels(y, len(texts))
         seed = int(check_random_state(self.random_state).randint(2**31))
         with self._alone(seed):
             model, tokenize, base, blocks = self._start(classes)
             rows, target = tokenize(texts), torch.as_tensor(target)
-            first = len(model.encoder.blocks) - len(blocks) if _cacheable(model) else 0
-            if recipe.change and first:
+            if recipe.top < 1 and isinstance(model.encoder, models.Encoder):
+                first = len(model.encoder.blocks) - len(blocks)
                 rows = training.cache_prefix(model, rows, first=first)
             if recipe.head_first:
                 features = training.extract_features(model, rows)
@@ -205,6 +118,9 @@ class FineTuner(ClassifierMixin, BaseEstimator):
             if recipe.change:
                 recipe.change(model, blocks, torch.default_generator)
                 self._train(model, rows, target)
+        self.fitted_ = self.get_params()
+        if self.model_path:
+            self.fitted_["model_path"] = os.path.abspath(self.model_path)
         self.classes_, self.base_, self.model_, self._tokenize = classes, base, model, tokenize
         return self
 
@@ -243,7 +159,7 @@ class FineTuner(ClassifierMixin, BaseEstimator):
             As in `predict`.
         """
         check_is_fitted(self)
-        logits = training.predict(self.model_, self._tokenize(_texts(X)))
+        logits = training.predict(self.model_, self._tokenize(check_texts(X)))
         return logits.double().softmax(1).numpy()
 
     def save(self, folder):
@@ -263,27 +179,20 @@ class FineTuner(ClassifierMixin, BaseEstimator):
             If there is something else in the folder.
         """
         check_is_fitted(self)
-        folder = Path(os.path.realpath(folder))
-        if folder.exists() and not (folder / NOTE).is_file():
-            raise ValueError(f"{folder} is there, and no saved FineTuner: name a new folder")
-        parameters = self.get_params()
-        if self.model_path:
-            parameters["model_path"] = os.path.abspath(self.model_path)
-        note = {"parameters": parameters, "base": self.base_, "classes": self.classes_.tolist()}
-        beside = folder.with_name(f".{folder.name}.{os.getpid()}")
-        try:
-            beside.mkdir(parents=True)
+        other = {p.name for p in Path(folder).glob("*")} - {NOTE, TRAINED}
+        if Path(folder).is_file() or other:
+            raise ValueError(f"{folder} holds something else: name a new folder")
+        classes = self.classes_.tolist()
+        note = {"parameters": self.fitted_, "base": self.base_, "classes": classes}
+        note = json.loads(json.dumps(note, default=lambda number: number.item()))
+
+        def _fill(new):
             if any(p.requires_grad for p in self.model_.parameters()):
-                peft.save_trainable(self.model_, beside / TRAINED)
-            note = json.loads(json.dumps(note, default=lambda value: value.item()))
-            note["digest"] = _digest(note, beside)
-            files.write(beside / NOTE, json.dumps(note, indent=1).encode())
-            if folder.exists():
-                folder.rename(beside / "before")
-            (beside).rename(folder)
-            shutil.rmtree(folder / "before", ignore_errors=True)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
+                peft.save_trainable(self.model_, new / TRAINED)
+            text = json.dumps(note | {"digest": _digest(note, new)}, indent=1)
+            files.write(new / NOTE, text.encode())
+
+        files.replace_folder(folder, _fill)
 
     @classmethod
     def load(cls, folder, *, model_path=None):
@@ -311,14 +220,15 @@ class FineTuner(ClassifierMixin, BaseEstimator):
         try:
             note = json.loads((folder / NOTE).read_text("utf-8"))
             same = note.pop("digest") == _digest(note, folder)
-        except (ValueError, AttributeError, KeyError):
+        except (ValueError, TypeError, AttributeError, KeyError):
             same = False
         if not same:
             raise ValueError(f"{folder} is damaged, or was changed: save the estimator again")
         if model_path is not None:
-            note["parameters"]["model_path"] = model_path
+            note["parameters"]["model_path"] = os.path.abspath(model_path) if model_path else ""
         tuner = cls(**note["parameters"])
-        tuner.classes_, tuner.base_ = np.array(note["classes"]), note["base"]
+        tuner.fitted_, tuner.base_ = note["parameters"], note["base"]
+        tuner.classes_ = np.array(note["classes"])
         tuner._rebuild(lambda model: peft.load_trainable(model, folder / TRAINED))
         return tuner
 
@@ -378,23 +288,20 @@ class FineTuner(ClassifierMixin, BaseEstimator):
         training.unfreeze(model.head)
         lr = TECHNIQUES[self.technique].lr if self.lr is None else self.lr
         training.fit(
-            model,
-            rows,
-            target,
-            lr={"encoder": lr, "head": HEAD_RATE},
+            model, rows, target, lr={"encoder": lr, "head": HEAD_RATE},
             epochs=self.epochs or epochs_for(len(target), self.batch_size),
-            batch_size=self.batch_size,
-            generator=torch.default_generator,
-        )
+            batch_size=self.batch_size, generator=torch.default_generator,
+        )  # fmt: skip
 
     def _rebuild(self, fill):
         """Build the fitted model from its encoder, and let `fill` copy in what was trained."""
-        recipe = self._checked()
-        with self._alone(0):
-            model, self._tokenize, base, blocks = self._start(self.classes_)
+        then = type(self)(**self.fitted_)  # parameters may have been set since
+        recipe = then._checked()
+        with then._alone(0):
+            model, self._tokenize, base, blocks = then._start(self.classes_)
             if base != self.base_:
-                told = f"{self.model_path or 'the packaged encoder'} is not the encoder it was"
-                raise ValueError(f"{told} trained from: name that one's folder as model_path")
+                told = f"{then.model_path or 'the packaged encoder'} is not the encoder it was"
+                raise ValueError(f"{told} trained from: load(folder, model_path=...) names another")
             if recipe.change:
                 recipe.change(model, blocks, torch.default_generator)
             training.unfreeze(model.head)
@@ -419,58 +326,12 @@ def _tokenizer(folder, base, length):
     return models.Tokenizer(folder, max_length=length)
 
 
-def _cacheable(model):
-    return isinstance(model.encoder, models.Encoder)
-
-
 def _digest(note, folder):
     """Return a digest of a note, and of what was trained if there is such a file."""
     sha = hashlib.sha256(json.dumps(note, sort_keys=True).encode())
     if (folder / TRAINED).is_file():
         sha.update((folder / TRAINED).read_bytes())
     return sha.hexdigest()
-
-
-def _texts(X):
-    """Return texts as a list; refuse what is none, and name the row."""
-    if isinstance(X, str) or not isinstance(X, Iterable) or getattr(X, "ndim", 1) != 1:
-        raise ValueError(
-            f"texts are a {type(X).__name__}: expected a list of str, or an array (n,)"
-        )
-    texts = list(X)
-    if not texts:
-        raise ValueError("there are no texts: give one or more")
-    for row, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ValueError(f"the text of row {row} is {text!r}, no str: leave the row out")
-        if not text.strip():
-            raise ValueError(f"the text of row {row} is empty: leave the row out")
-    return texts
-
-
-def _labels(y, n):
-    """Return the sorted classes, and the number of the class of each row."""
-    y = np.asarray(y, dtype=object)
-    if y.shape != (n,):
-        raise ValueError(f"labels have shape {y.shape}: expected one for each of {n} texts")
-    if (missing := pd.isna(y)).any():
-        raise ValueError(f"row {missing.argmax()} has no label, leave it out")
-    kinds = sorted({_kind(label) for label in y})
-    if len(kinds) > 1:
-        raise ValueError(f"labels mix {' and '.join(kinds)}: make all of them str")
-    y = np.array(y.tolist())
-    check_classification_targets(y)
-    classes, target = np.unique(y, return_inverse=True)
-    if len(classes) < 2:
-        raise ValueError(
-            f"all labels are {classes[0]!r}: there is nothing to tell apart, add others"
-        )
-    return classes, target
-
-
-def _kind(label):
-    kinds = {"str": str, "bool": bool | np.bool_, "int": Integral, "float": Real}
-    return next((k for k, of in kinds.items() if isinstance(label, of)), type(label).__name__)
 
 
 def _words(classes):

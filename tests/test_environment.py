@@ -26,13 +26,24 @@ EXTRAS = PROJECT["optional-dependencies"].values()
 WANTED = sorted({*PROJECT["dependencies"], *(line for extra in EXTRAS for line in extra)})
 # a room imports from rooms before its own only, and a module of a room from modules before it, so
 # there is no cycle; nobody imports execute
-ROOMS = ["files", "data", "models", "training", "peft", "finetuner", "study", "show", "stored", "execute"]
+ROOMS = [
+    "files",
+    "data",
+    "models",
+    "training",
+    "peft",
+    "finetuner",
+    "study",
+    "show",
+    "stored",
+    "execute",
+]
 ORDER = {
     "data": "rows tasks embeddings texts",
     "models": "checkpoint encoder pretrained mlp transformer stages",
     "training": "seeding freezing batches scoring prefix checks loop costs strategies domain",
     "peft": "four_bits base product lora layers surgery inject qlora files hub_config hub"
-    " arithmetic mixed large",
+    " arithmetic mixed large recipes",
     "study": "seeds verdicts decide tuning published part1 part1_domain part2 spectrum"
     " digits part3 part3_adapters",
     "show": "tables drawings figures costs",

@@ -103,8 +103,9 @@ def _foreign(folder, config):
     if kind not in known or config.get("is_encoder_decoder") or config.get("is_decoder"):
         cure = "name the folder of one, such as a BERT, RoBERTa or DistilBERT"
         raise ValueError(f"{folder} holds a model of type {kind!r}, no text encoder: {cure}")
-    level = logging.get_verbosity()
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     options = dict(local_files_only=True, trust_remote_code=False, use_safetensors=True)
     try:
         encoder, told = AutoModel.from_pretrained(
@@ -119,6 +120,8 @@ def _foreign(folder, config):
         raise ValueError(f"transformers cannot read {folder} as an encoder: {first}") from None
     finally:
         logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
     missing = [name for name in told["missing_keys"] if "pooler" not in name]
     if missing:
         raise ValueError(f"{folder} lacks the weights {missing[0]!r}: it holds another model's")

@@ -1,4 +1,4 @@
-"""Torch's random stream and default dtype, which a process has one of: set for a while, put back."""
+"""What a process has one of, torch's random stream and default dtype: set, and put back."""
 
 import threading
 from contextlib import contextmanager
