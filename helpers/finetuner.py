@@ -140,7 +140,8 @@ class FineTuner(ClassifierMixin, BaseEstimator):
         ValueError
             If there is no text, or one is empty or no str.
         """
-        return self.classes_[self.predict_proba(X).argmax(1)]
+        best = self.predict_proba(X).argmax(1)
+        return self.classes_[best]
 
     def predict_proba(self, X):
         """Return the probability of each class of `classes_`: the softmax of the logits.

@@ -281,7 +281,7 @@ def encode_labels(y, n):
     """
     y = np.asarray(y, dtype=object)
     if y.shape != (n,):
-        raise ValueError(f"labels have shape {y.shape}: expected one for each of {n} texts")
+        raise ValueError(f"labels have shape {y.shape}: y should be a 1d array of {n}, one a text")
     for row, label in enumerate(y):
         if not isinstance(label, str) and str(label) in ("None", "nan", "NaT", "<NA>"):
             raise ValueError(f"row {row} has no label: leave it out")
