@@ -194,10 +194,11 @@ GOOD = dict(X=X, y=Y)
         (dict(X=pd.DataFrame({"text": X})), "texts are a DataFrame"),
         (dict(X=[], y=[]), "there are no texts"),
         (dict(y=Y[:-1]), r"labels have shape \(19,\): y should be a 1d array of 20"),
-        (dict(y=["a"] * 20), "all labels are 'a': add rows of another class"),
-        (dict(y=[*Y[:-1], None]), "row 19 has no label"),
-        (dict(y=[*Y[:-1], float("nan")]), "row 19 has no label"),
-        (dict(y=pd.Series([*Y[:-1], None], dtype="string")), "row 19 has no label"),
+        (dict(y=["a"] * 20), "all labels are one class, 'a': add rows"),
+        (dict(y=[*Y[:-1], None]), "the label of row 19 is"),
+        (dict(y=[*Y[:-1], float("nan")]), "the label of row 19 is"),
+        (dict(y=pd.Series([*Y[:-1], None], dtype="string")), "the label of row 19 is"),
+        (dict(y=[*range(19), -np.inf]), "the label of row 19 is -inf"),
         (dict(y=[*Y[:-1], 1]), "labels mix int and str"),
         (dict(y=[True, 2] * 10), "labels mix bool and int"),
         (dict(y=np.arange(20) / 7), "Unknown label type: continuous"),
@@ -231,7 +232,7 @@ def test_what_cannot_be_fitted_is_refused_in_a_sentence(folder, change, told, mo
 def test_a_refused_fit_leaves_the_one_before_and_predict_refuses_too(folder):
     model = tuner(folder).fit(X, Y)
     before = model.predict_proba(NEW)
-    with pytest.raises(ValueError, match="row 19 has no label"):
+    with pytest.raises(ValueError, match="the label of row 19 is"):
         model.fit(X, [*Y[:-1], None])
     assert (model.predict_proba(NEW) == before).all()
     for bad, told in (["ok", ""], "row 1 is empty"), ([], "no texts"), ("text", "are a str"):

@@ -11,6 +11,8 @@ from sklearn.utils.multiclass import check_classification_targets
 
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no text has
 
+NO_LABELS = ("None", "nan", "NaT", "<NA>", "inf", "-inf")
+
 
 @dataclass(frozen=True)
 class Task:
@@ -283,8 +285,8 @@ def encode_labels(y, n):
     if y.shape != (n,):
         raise ValueError(f"labels have shape {y.shape}: y should be a 1d array of {n}, one a text")
     for row, label in enumerate(y):
-        if not isinstance(label, str) and str(label) in ("None", "nan", "NaT", "<NA>"):
-            raise ValueError(f"row {row} has no label: leave it out")
+        if not isinstance(label, str) and str(label) in NO_LABELS:
+            raise ValueError(f"the label of row {row} is {label}: leave the row out")
     kinds = sorted({_kind(label) for label in y})
     if len(kinds) > 1:
         raise ValueError(f"labels mix {' and '.join(kinds)}: make all of them str")
@@ -292,7 +294,7 @@ def encode_labels(y, n):
     check_classification_targets(y)
     classes, target = np.unique(y, return_inverse=True)
     if len(classes) < 2:
-        raise ValueError(f"all labels are {classes.tolist()[0]!r}: add rows of another class")
+        raise ValueError(f"all labels are one class, {classes.tolist()[0]!r}: add rows of another")
     return classes, target
 
 
