@@ -43,3 +43,26 @@ def write(path, data):
             beside.unlink(missing_ok=True)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def replace_folder(folder, fill):
+    """Fill a new folder beside `folder`, and only then take its place.
+
+    Parameters
+    ----------
+    folder : str or Path
+        What it holds is lost; it need not be there.
+    fill : callable
+        ``fill(new)`` writes into the new folder. Where it fails, `folder` is as before.
+    """
+    target = Path(os.path.realpath(folder))
+    new, old = (target.with_name(f".{target.name}-{os.getpid()}.{k}") for k in ("new", "old"))
+    try:
+        new.mkdir(parents=True)
+        fill(new)
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)

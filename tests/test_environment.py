@@ -26,13 +26,24 @@ EXTRAS = PROJECT["optional-dependencies"].values()
 WANTED = sorted({*PROJECT["dependencies"], *(line for extra in EXTRAS for line in extra)})
 # a room imports from rooms before its own only, and a module of a room from modules before it, so
 # there is no cycle; nobody imports execute
-ROOMS = ["files", "data", "models", "training", "peft", "study", "show", "stored", "execute"]
+ROOMS = [
+    "files",
+    "data",
+    "models",
+    "training",
+    "peft",
+    "finetuner",
+    "study",
+    "show",
+    "stored",
+    "execute",
+]
 ORDER = {
     "data": "rows tasks embeddings texts",
-    "models": "checkpoint encoder mlp transformer stages",
-    "training": "freezing batches scoring prefix checks loop costs strategies domain",
+    "models": "checkpoint encoder pretrained mlp transformer stages",
+    "training": "seeding freezing batches scoring prefix checks loop costs strategies domain",
     "peft": "four_bits base product lora layers surgery inject qlora files hub_config hub"
-    " arithmetic mixed large",
+    " arithmetic mixed large recipes",
     "study": "seeds verdicts decide tuning published part1 part1_domain part2 spectrum"
     " digits part3 part3_adapters",
     "show": "tables drawings figures costs",
@@ -42,7 +53,7 @@ ORDER = {
 # lines of code outside study/, and of everything: this round's last issue ends at 2,800 and 4,200.
 # The encoder and its texts are in; the toys that they replace, digits, TinyTransformer and the
 # decision on embeddings, go with Parts 2 and 3. Lines of a module, all told, and of a function
-LIBRARY, EVERYTHING, MODULE, FUNCTION = 4_245, 5_590, 350, 40
+LIBRARY, EVERYTHING, MODULE, FUNCTION = 4_640, 5_970, 350, 40
 
 
 def git(*arguments):

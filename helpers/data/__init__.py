@@ -3,7 +3,8 @@
 # fmt: off
 from helpers.data.embeddings import Rows, check_arrays, check_budgets, load_rows, split
 from helpers.data.rows import (
-    Task, as_rows, check_classes, check_parameters, check_rows, check_whole
+    Task, as_rows, check_classes, check_parameters, check_rows, check_texts, check_whole,
+    encode_labels
 )
 from helpers.data.tasks import digits, few_per_class, published_task, shift_digits, shifted_domain
 from helpers.data.texts import Texts, articles, documentation, draw, headlines, read_texts

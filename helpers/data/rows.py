@@ -1,10 +1,17 @@
 """Rows and their checks: what training or scoring would swallow in silence is refused."""
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 
 import numpy as np
 import torch
+from sklearn.utils.multiclass import check_classification_targets
+
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no text has
+
+NO_LABELS = ("None", "nan", "NaT", "<NA>", "inf", "-inf")
 
 
 @dataclass(frozen=True)
@@ -222,3 +229,75 @@ def check_parameters(**ranges):
             raise TypeError(f"{name} = {value!r} must be {kind} from {low} to {high}")
         if not low <= value <= high:  # NaN is neither
             raise ValueError(f"{name} = {value} must be from {low} to {high}")
+
+
+def check_texts(X):
+    """Return texts as a list; refuse what is none, and name the row.
+
+    Parameters
+    ----------
+    X : sequence of str
+
+    Returns
+    -------
+    list of str
+
+    Raises
+    ------
+    ValueError
+        If there are none, or one is empty, no str, or holds what is no Unicode.
+    """
+    if isinstance(X, str | bytes) or not isinstance(X, Iterable) or getattr(X, "ndim", 1) != 1:
+        kind = type(X).__name__
+        raise ValueError(f"texts are a {kind}: expected a list of str, or an array of shape (n,)")
+    texts = list(X)
+    if not texts:
+        raise ValueError("there are no texts: give one or more")
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"the text of row {row} is {text!r}, no str: leave the row out")
+        if not text.strip():
+            raise ValueError(f"the text of row {row} is empty: leave the row out")
+        if SURROGATE.search(text):
+            raise ValueError(f"the text of row {row} was read in a wrong encoding: read it anew")
+    return texts
+
+
+def encode_labels(y, n):
+    """Return the sorted classes of n labels, and the number of the class of each row.
+
+    Parameters
+    ----------
+    y : sequence of str, int or bool
+    n : int
+
+    Returns
+    -------
+    classes : array of shape (C,)
+    target : int64 array of shape (n,)
+
+    Raises
+    ------
+    ValueError
+        If labels are not n, of several types, missing, fractions, or all the same.
+    """
+    y = np.asarray(y, dtype=object)
+    if y.shape != (n,):
+        raise ValueError(f"labels have shape {y.shape}: y should be a 1d array of {n}, one a text")
+    for row, label in enumerate(y):
+        if not isinstance(label, str) and str(label) in NO_LABELS:
+            raise ValueError(f"the label of row {row} is {label}: leave the row out")
+    kinds = sorted({_kind(label) for label in y})
+    if len(kinds) > 1:
+        raise ValueError(f"labels mix {' and '.join(kinds)}: make all of them str")
+    y = np.array(y.tolist())
+    check_classification_targets(y)
+    classes, target = np.unique(y, return_inverse=True)
+    if len(classes) < 2:
+        raise ValueError(f"all labels are one class, {classes.tolist()[0]!r}: add rows of another")
+    return classes, target
+
+
+def _kind(label):
+    kinds = {"str": str, "bool": bool | np.bool_, "int": Integral, "float": Real}
+    return next((k for k, of in kinds.items() if isinstance(label, of)), type(label).__name__)

@@ -6,5 +6,6 @@ from helpers.models.encoder import (
     Attention, Encoder, EncoderBlock, FeedForward, TextClassifier, TokenEmbedding
 )
 from helpers.models.mlp import MLP
+from helpers.models.pretrained import positions, pretrained
 from helpers.models.stages import stages, with_fresh_head
 from helpers.models.transformer import Block, PatchEmbedding, TinyTransformer

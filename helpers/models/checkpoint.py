@@ -88,7 +88,8 @@ class Tokenizer:
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(f"{path} is no tokenizer of the tokenizers library: {error}") from None
         known = self._tokenizer.padding or {}
-        pad = known.get("pad_id", self._tokenizer.token_to_id("[PAD]"))
+        named = map(self._tokenizer.token_to_id, ("[PAD]", "<pad>"))  # BERT's and RoBERTa's
+        pad = known.get("pad_id", next((i for i in named if i is not None), None))
         if pad is None:
             raise ValueError(f"{path} names no padding token, which a BERT's tokenizer has")
         self._tokenizer.enable_padding(pad_id=pad)

@@ -112,7 +112,7 @@ def tune(model, X, y, *, technique, lr):
     training.freeze(model)
     training.unfreeze(*model.encoder.blocks[first:], model.head)
     if technique == "from scratch":
-        from_scratch(model)
+        training.from_scratch(model)
     steps = math.ceil(len(y) / 16)  # of an epoch
     epochs = 3 if steps > 12 else round(12 / steps)
     if technique == "gradual unfreezing":
@@ -122,14 +122,6 @@ def tune(model, X, y, *, technique, lr):
     loss = {"loss": training.l2_sp(model, alpha=0.1)} if technique.startswith("L2-SP") else {}
     rates = {"encoder": lr, "head": max(lr, 1e-3)}
     training.fit(model, X, y, lr=rates, epochs=epochs, batch_size=16, **loss)
-
-
-def from_scratch(model):
-    """Draw all weights of a model anew, as torch initialises its layers; all are trainable."""
-    for module in model.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-    training.unfreeze(model)
 
 
 @cache

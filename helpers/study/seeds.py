@@ -1,9 +1,7 @@
 """The same experiment over many seeds, in parallel processes, with the same numbers."""
 
 import sys
-import threading
 import warnings
-from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -15,27 +13,9 @@ from joblib.parallel import get_active_backend
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-_LOCK = threading.RLock()  # torch's default dtype, random stream and threads: a process has one set
+from helpers.training.seeding import LOCK, reproducible
 
 DEATHS = ("TerminatedWorkerError", "KilledWorker")  # loky's and Dask's, which may not be installed
-
-
-@contextmanager
-def reproducible(seed, *, dtype=torch.float64):
-    """Compute in `dtype` from torch's global stream seeded with `seed`; restore both afterwards.
-
-    float64 from the first draw keeps the drift between processors far below what is printed.
-    Dtype and stream belong to the process, so only one thread at a time is inside: others wait,
-    and a thread that is inside must not wait for one that wants to be.
-    """
-    with _LOCK, torch.random.fork_rng(devices=[]):
-        before = torch.get_default_dtype()
-        torch.manual_seed(seed)
-        torch.set_default_dtype(dtype)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(before)
 
 
 def run_seeds(experiment, seeds, *, workers=None):
@@ -79,7 +59,7 @@ def _runs(experiment, seeds, workers):
     backend, _ = get_active_backend()
     task = partial(_run, experiment, torch.get_default_dtype())
     # who is inside a run holds the lock, and would wait for ever for threads of this process
-    here = workers == 1 or getattr(backend, "supports_sharedmem", False) or _LOCK._is_owned()
+    here = workers == 1 or getattr(backend, "supports_sharedmem", False) or LOCK._is_owned()
     at_once = 1 if here else effective_n_jobs(workers or -1)
     if at_once == 1:
         yield from ((i, task(seed)) for i, seed in enumerate(seeds))
@@ -128,7 +108,7 @@ def _keep_models():
 
 def _run(experiment, dtype, seed):
     """Run one seed on one thread; return (results, None) or (None, what went wrong)."""
-    with _LOCK:
+    with LOCK:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:

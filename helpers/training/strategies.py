@@ -220,6 +220,20 @@ def gradual_unfreezing(model, X, y, *, epochs=100, lr=1e-3, down_to=0, **options
         fit(model, X, y, lr=lr, epochs=max(epochs // (len(parts) - down_to), 1), **options)
 
 
+def from_scratch(model):
+    """Draw all weights of a model anew, as torch initialises its layers; all are trainable.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Changed in place, by torch's global stream.
+    """
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    unfreeze(model)
+
+
 def l2_sp(model, *, alpha, fresh="head"):
     """Return the loss cross-entropy + alpha / 2 * ||w - w0||^2, w0 being the weights now.
 
