@@ -28,7 +28,7 @@ from helpers.study.verdicts import Comparison, compare_folds, summarize_folds
 
 CONSTANT = "constant answer"  # the largest class, whatever the row: the floor of every comparison
 
-FEW, FITS, FEWER_FITS = 100, 10, 5  # up to `FEW` labels ten fits of each candidate, then five
+FEW, FITS, FEWER_FITS = 500, 10, 5  # up to `FEW` labels ten fits of each candidate, then five
 
 STRENGTHS = [0.01, 0.1, 1.0, 10.0]  # C of the logistic regression
 
@@ -143,8 +143,8 @@ class Recommendation(NamedTuple):
             about = f"about {needed:,}" if needed <= 10 * labels else f"more than {10 * labels:,}"
             told += (
                 "Its mean is the highest, and, being picked for that, somewhat too high.\n"
-                f"The data cannot tell: {labels:,} labels do not show whether the difference to"
-                f" {', '.join(self.unsettled)} matters, that is {margin} or more.\n"
+                f"The data cannot tell: with {labels:,} labels the difference to"
+                f" {', '.join(self.unsettled)} may be {margin} or more, or not.\n"
                 f"For {rival}, {self.comparisons[rival].numbers}, it would take {about} labels, if"
                 " the difference stays and its error falls with the root of their number."
             )

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy import special, stats
 
 RESAMPLES = 10_000  # of each bootstrap and sign-flip test
 
@@ -163,10 +163,10 @@ def compare_folds(a, b, *, folds, least=0.0, tail=0.025):
     """
     d = np.subtract(*_checked({"a": a, "b": b}, paired=True, unit="fold").values()).round(10)
     mean, n, error = _even(d.mean()), len(d), _resampled_error(d, folds, least)
-    reach = stats.t.ppf(1 - tail, n - 1) * error
-    p = min(1.0, 2 * float(stats.t.sf(abs(mean) / error, n - 1)) * 0.025 / tail)
+    reach = special.stdtrit(n - 1, 1 - tail) * error
+    p = min(1.0, 2 * float(special.stdtr(n - 1, -abs(mean) / error)) * 0.025 / tail)
     wins = float(np.mean(d > 0) + np.mean(d == 0) / 2)
-    detectable = float(stats.t.ppf([0.975, 0.8], n - 1).sum() * error)
+    detectable = float(special.stdtrit(n - 1, [0.975, 0.8]).sum() * error)
     ends = _even(mean - reach), _even(mean + reach)
     return Comparison(mean, *ends, p, wins, detectable, n, unit="folds")
 
@@ -178,7 +178,7 @@ def summarize_folds(results, *, folds, least=0.0):
     """
     summaries = {}
     for name, values in _checked(results, unit="fold").items():
-        reach = stats.t.ppf(0.975, len(values) - 1) * _resampled_error(values, folds, least)
+        reach = special.stdtrit(len(values) - 1, 0.975) * _resampled_error(values, folds, least)
         mean, sd = _even(values.mean()), _even(values.std(ddof=1))
         ends = _even(max(mean - reach, 0)), _even(min(mean + reach, 100))
         summaries[name] = Summary(mean, sd, *ends, len(values))
