@@ -1,22 +1,28 @@
-"""A reader's own rows: what is refused, what no method may see, and what is recommended."""
+"""A reader's own rows: what is refused, what no candidate may see, and what is recommended."""
 
 import io
 import os
 import pickle
 import re
 import zipfile
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
+from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.datasets import load_breast_cancer, load_wine
+from sklearn.dummy import DummyClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score
+from sklearn.model_selection import RepeatedStratifiedKFold
+from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-from helpers.data import check_arrays, check_budgets, load_rows, split
-from helpers.study import decide, reproducible
-from helpers.study.decide import METHODS, compare_methods, method_sizes, pretrain, recommend
-from helpers.training import evaluate, predict, strategies, train
+from helpers.data import check_arrays, load_rows
+from helpers.study import decide
+from helpers.study.decide import CONSTANT, Scores, recommend
+from helpers.study.verdicts import compare_folds, summarize_folds
 
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(30, 5)), np.repeat([0, 1, 2], 10)
@@ -40,6 +46,17 @@ def clusters(centres, labels, *, n, seed):
 CORNERS = [(3, 3), (-3, -3), (3, -3), (-3, 3)]
 
 
+FLOOR = {CONSTANT: DummyClassifier(strategy="most_frequent")}
+
+
+def heads(rows):
+    return decide.head_candidates(rows)
+
+
+def standardized(X, rounding):
+    return decide._Standardized(rounding).fit_transform(np.asarray(X))
+
+
 @pytest.fixture
 def save(tmp_path):
     def _save(**arrays):
@@ -47,15 +64,6 @@ def save(tmp_path):
         return tmp_path / "my.npz"
 
     return _save
-
-
-@pytest.fixture
-def no_training(monkeypatch):
-    def _trained(*args, **options):
-        raise AssertionError("trained before the rows were refused")
-
-    for name in ("train", "linear_probe", "lp_ft", "LogisticRegression", "_standardized"):
-        monkeypatch.setattr(decide, name, _trained)
 
 
 REFUSED = {
@@ -98,7 +106,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("arrays, told", REFUSED.values(), ids=REFUSED)
-def test_unusable_arrays_are_refused_in_one_sentence(arrays, told, save, no_training):
+def test_unusable_arrays_are_refused_in_one_sentence(arrays, told, save):
     with pytest.raises(ValueError, match=f"my.npz: .*{told}") as refusal:
         load_rows(save(**{"X": X, "y": Y} | arrays))
     assert "\n" not in str(refusal.value) and ". " not in str(refusal.value)
@@ -192,7 +200,8 @@ def test_rows_arrive_as_they_were_in_float64_and_int64(save):
     assert rows.y.dtype == rows.y_source.dtype == torch.int64
     assert np.array_equal(rows.X, X.astype(np.float32)) and np.array_equal(rows.y, Y)
     assert np.array_equal(rows.X_source, SOURCE["X_source"])
-    assert rows.classes == [0, 1, 2] and rows.notes == []
+    assert rows.classes == [0, 1, 2] and rows.source_classes == [0, 1]
+    assert rows.notes == ["the source rows are not used: their classes are not those of y"]
     assert check_arrays(X, Y).X_source is None
 
 
@@ -268,9 +277,12 @@ def test_cures_of_refusals_work(save):
         check_arrays(x, Y)
     check_arrays(np.delete(x, 2, axis=1), Y)
     y = np.array(["a"] * 20 + ["b"] * 8 + ["c"] * 2)
-    with pytest.raises(ValueError, match=r"class 'c' has 2 rows, .*: none works with it"):
-        check_budgets(check_arrays(X, y), [1])
-    check_budgets(check_arrays(X[y != "c"], y[y != "c"]), [2])
+    y[0] = "d"
+    with pytest.raises(ValueError, match=r"class 'd' has one row, .*label a second one, or leave"):
+        decide.cross_validate(FLOOR, X, y)
+    assert decide.cross_validate(FLOOR, X[1:], y[1:], workers=1).folds == 2
+    y[1] = "d"
+    assert decide.cross_validate(FLOOR, X, y, workers=1).folds == 2
 
 
 def test_masked_and_half_precision_rows():
@@ -293,7 +305,7 @@ def test_class_shares_are_told_where_they_are_unequal(most, told):
     if most == 27:
         assert rows.notes[-1] == (
             "27 of 30 rows are of class 'frequent', 3 of class 'rare': a constant answer gets"
-            " 90.0 % right, so read balanced accuracy, the mean over classes, beside accuracy"
+            " 90.0 % right, so balanced accuracy, the mean over classes, is compared"
         )
 
 
@@ -302,7 +314,8 @@ def test_labels_that_do_not_count_from_0_are_mapped_and_said():
     assert rows.classes == [-5, 7, 40] and np.array_equal(rows.y, np.array([0, 2, 1])[Y])
     assert rows.notes == ["y: labels [-5, 7, 40] are mapped to 0..2"]
     source = SOURCE | {"y_source": SOURCE["y_source"] + 1}
-    assert check_arrays(X, Y, **source).notes == ["y_source: labels [1, 2] are mapped to 0..1"]
+    notes = check_arrays(X, Y, **source).notes
+    assert notes[0] == "y_source: labels [1, 2] are mapped to 0..1" and len(notes) == 2
     many = check_arrays(np.repeat(X, 2, axis=0) + np.arange(60)[:, None], np.arange(60) // 4)
     assert many.notes == []
     [told] = check_arrays(X, np.arange(30) // 2 * 2).notes
@@ -318,7 +331,8 @@ def test_a_row_saved_in_single_precision_or_with_minus_zero_is_the_same_row(size
         check_arrays(size * rows, Y, **shared)
     assert check_arrays(size * changed(rows, 9, copy), Y).notes[0].startswith("1 rows of X repeat")
     apart = SOURCE | {"X_source": size * SOURCE["X_source"]}
-    assert check_arrays(size * rows, Y, **apart).notes == []
+    [told] = check_arrays(size * rows, Y, **apart).notes
+    assert told.startswith("the source rows are not used")
 
 
 def noisy(value, dtype, n=30):
@@ -335,362 +349,400 @@ def test_columns_that_are_constant_up_to_rounding_are_constant(value, dtype, sto
         pytest.skip("integers up to 2,048 are half precision, too: only its dtype tells")
     column = noisy(value, dtype).astype(stored_as or dtype)
     rows = check_arrays(np.c_[X.astype(dtype).astype(column.dtype), column], Y)
-    scaled = decide._standardized(rows.X, like=rows.X, rounding=rows.rounding)
-    assert (scaled[:, -1] == 0).all() and (scaled[:, :-1].std(0, correction=0) > 0.999).all()
+    scaled = standardized(rows.X, rows.rounding)
+    assert (scaled[:, -1] == 0).all() and (scaled[:, :-1].std(0) > 0.999).all()
 
 
 def test_columns_that_vary_little_are_kept_as_scikit_learn_keeps_them():
     for x in (1e6 + X, 1e9 + 1e-3 * X, 1e-12 * X, np.arange(60).reshape(30, 2) + 10**6):
         rows = check_arrays(x, Y)
-        scaled = decide._standardized(rows.X, like=rows.X, rounding=rows.rounding)
+        scaled = standardized(rows.X, rows.rounding)
         assert np.allclose(scaled, StandardScaler().fit_transform(x), atol=1e-3)
-        assert (scaled.std(0, correction=0) > 0.99).all()
+        assert (scaled.std(0) > 0.99).all()
 
 
 def test_columns_constant_but_for_rounding_cost_no_accuracy():
     x, y = clusters(CORNERS[:3], [0, 1, 2], n=20, seed=0)
     padding = np.tile(noisy(0.1, np.float64, 60), (40, 1)).T
-    found = compare_methods(0, data=check_arrays(np.c_[x, padding], y), budget=5, epochs=20)
-    assert found["logistic head"] > 90 and found["fine-tuning"] > 90
+    rows = check_arrays(np.c_[x, padding], y)
+    found = decide.cross_validate(heads(rows), rows.X.numpy(), y, repeats=1, workers=1)
+    assert all(found.scores[name].mean() > 90 for name in found.scores if name != CONSTANT)
 
 
 def test_repeated_rows_are_told():
     assert check_arrays(changed(X, [4, 9], X[0]), Y).notes[0].startswith("2 rows of X repeat")
 
 
-@pytest.mark.parametrize("budgets", [[], [0], [2, -1], [2.0], ["2"]])
-def test_budgets_that_are_no_counts_are_refused(budgets):
-    with pytest.raises(ValueError, match=r"label budgets .* must be integers, 1 or more"):
-        check_budgets(check_arrays(X, Y), budgets)
+SEEN = []  # (candidate, "fit" or "predict", numbers of the rows), in the order of calls
 
 
-@pytest.mark.parametrize("least, works", [(11, "largest that works is 3"), (2, "none works")])
-def test_a_class_with_too_few_rows_is_named_before_any_training(least, works, no_training):
-    y = np.array([3] * (30 - least) + [5] * least)
-    rows, told = check_arrays(X, y), f"class 5 has {least} rows, .* of 4 labels needs 12, .*{works}"
-    for refused in (
-        lambda: check_budgets(rows, [1, 4]),
-        lambda: compare_methods(0, data=rows, budget=4),
-    ):
-        with pytest.raises(ValueError, match=told) as refusal:
-            refused()
-        assert "\n" not in str(refusal.value)
+class Recorder(ClassifierMixin, BaseEstimator):
+    """Notes which rows it is handed; a row's number is its only feature, as text or number."""
+
+    def __init__(self, name, answer=0):
+        self.name, self.answer = name, answer
+
+    def fit(self, X, y):
+        SEEN.append((self.name, "fit", [int(np.ravel(x)[0]) for x in X], y.tolist()))
+        self.classes_ = np.unique(y)
+        return self
+
+    def predict(self, X):
+        SEEN.append((self.name, "predict", [int(np.ravel(x)[0]) for x in X]))
+        return np.full(len(X), self.classes_[self.answer])
 
 
-@pytest.mark.parametrize("n", range(3, 13))
-def test_the_largest_budget_is_as_promised(n):
-    rows = check_arrays(RNG.normal(size=(30 + n, 2)), np.repeat([0, 1], [30, n]))
-    check_budgets(rows, [n // 3])
-    parts = split(rows.y, n // 3, seed=0)
-    assert all(len(part) for part in parts.values())
-    with pytest.raises(ValueError, match=f"largest that works is {n // 3}$"):
-        check_budgets(rows, [n // 3 + 1])
+@pytest.mark.parametrize("texts", [False, True])
+def test_candidates_see_the_same_folds_and_are_never_scored_on_what_they_learnt_from(texts):
+    SEEN.clear()
+    y = np.repeat([0, 1, 2], [20, 15, 14])
+    X = [str(i) for i in range(49)] if texts else np.arange(49.0)[:, None]
+    candidates = {name: Recorder(name) for name in "ab"}
+    found = decide.cross_validate(candidates, X, y, repeats=3, workers=1)
+    calls = {name: [call[1:] for call in SEEN if call[0] == name] for name in "ab"}
+    assert calls["a"] == calls["b"] and len(calls["a"]) == 2 * 15
+    scored = []
+    for (kind, learnt, labels), (then, rows) in zip(*[iter(calls["a"])] * 2, strict=True):
+        assert (kind, then) == ("fit", "predict") and labels == y[learnt].tolist()
+        assert sorted(learnt + rows) == list(range(49))
+        assert set(np.bincount(y[rows]) - [4, 3, 2]) <= {0, 1}  # stratified
+        scored += rows
+    assert sorted(scored) == sorted([*range(49)] * 3) and not hasattr(candidates["a"], "classes_")
+    assert list(found.scores) == ["a", "b"] and {len(v) for v in found.scores.values()} == {15}
+    assert found[1:5] == ("accuracy", 5, 49, 100 / 49)
+    assert found.notes == ["5 folds, 3 times: 15 fits of each candidate; accuracy"]
 
 
-def test_a_split_is_stratified_disjoint_nested_and_follows_its_seed():
-    y = torch.tensor([0] * 10 + [1] * 31 + [2] * 12)[
-        torch.randperm(53, generator=torch.Generator().manual_seed(0))
+def test_scores_do_not_depend_on_workers_and_follow_the_seed():
+    candidates = {"1": KNeighborsClassifier(1), "logistic": LogisticRegression()} | FLOOR
+    one, two, other = (
+        decide.cross_validate(candidates, X, Y, seed=seed, workers=workers).scores
+        for seed, workers in ((0, 1), (0, 2), (1, 1))
+    )
+    assert all(np.array_equal(one[name], two[name]) for name in candidates)
+    assert not np.array_equal(one["1"], other["1"])
+
+
+@pytest.mark.parametrize("n, fits", [(50, 10), (500, 10), (501, 5), (2000, 5)])
+def test_the_number_of_fits_follows_the_number_of_labels(n, fits):
+    found = decide.cross_validate(FLOOR, np.zeros((n, 1)), np.arange(n) % 2, workers=1)
+    assert len(found.scores[CONSTANT]) == fits and found.folds == 5
+
+
+def test_a_candidate_that_fails_is_named():
+    class _Fails(Recorder):
+        def fit(self, X, y):
+            raise OSError("no weights in this folder")
+
+    with pytest.raises(ValueError, match=r"'LoRA' failed .*: OSError: no weights in this folder"):
+        decide.cross_validate(FLOOR | {"LoRA": _Fails("x")}, X, Y, workers=1)
+    with pytest.raises(ValueError, match=r"workers = 0 must be from 1 to the"):
+        decide.cross_validate(FLOOR, X, Y, workers=0)
+    with pytest.raises(ValueError, match=r"inconsistent numbers of samples: \[30, 29\]"):
+        decide.cross_validate(FLOOR, X, Y[1:])
+
+
+def test_labels_that_cannot_be_split_are_refused_with_their_class():
+    with pytest.raises(ValueError, match=r"class 7 has one row, .*: label a second one") as refusal:
+        decide.cross_validate(FLOOR, X, changed(Y, 3, 7))
+    assert "\n" not in str(refusal.value) and ". " not in str(refusal.value)
+    with pytest.raises(ValueError, match="all labels are 'tech': it takes at least two classes"):
+        decide.cross_validate(FLOOR, X, np.full(30, "tech"))
+
+
+@pytest.mark.parametrize("least, folds, fits", [(2, 2, 10), (3, 3, 9), (4, 4, 8), (5, 5, 10)])
+def test_a_small_class_makes_fewer_folds_and_each_has_a_row_of_it(least, folds, fits):
+    SEEN.clear()
+    y = np.array(["rare"] * least + ["frequent"] * 20)
+    found = decide.cross_validate({"a": Recorder("a")}, np.arange(len(y)), y, workers=1)
+    assert (found.folds, len(found.scores["a"])) == (folds, fits)
+    told = [f"{folds} folds, not 5: class 'rare' has {least} rows only"]
+    assert found.notes[:-1] == (told if folds < 5 else [])
+    assert all(set(rows[0]) & {*range(least)} for _, kind, *rows in SEEN if kind == "predict")
+
+
+def test_balanced_accuracy_is_compared_where_classes_are_unequal():
+    y = np.array(["rare", "frequent"])[(np.arange(60) >= 10).astype(int)]
+    x = np.c_[np.arange(60) >= 5, np.zeros(60)].astype(float)  # half of the rare look frequent
+    found = decide.cross_validate(FLOOR | {"1": KNeighborsClassifier(1)}, x, y, workers=1)
+    assert found.metric == "balanced accuracy" and found.row == 100 / 2 / 10
+    assert (found.scores[CONSTANT] == 50).all()
+    splits = RepeatedStratifiedKFold(n_splits=5, n_repeats=2, random_state=0).split(x, y)
+    plain = [
+        balanced_accuracy_score(y[b], KNeighborsClassifier(1).fit(x[a], y[a]).predict(x[b]))
+        for a, b in splits
     ]
-    parts, smaller = split(y, 3, seed=1), split(y, 1, seed=1)
-    rows = {name: set(part.tolist()) for name, part in parts.items()}
-    assert all(len(rows[name]) == len(part) for name, part in parts.items())
-    assert not rows["test"] & rows["pool"] and rows["test"] | rows["pool"] == set(range(53))
-    assert not rows["few"] & rows["validation"]
-    assert rows["few"] | rows["validation"] <= rows["pool"]
-    assert [y[part].bincount().tolist() for part in parts.values()] == [
-        [4, 11, 4], [3, 3, 3], [3, 3, 3], [6, 20, 8],
-    ]  # fmt: skip
-    assert torch.equal(smaller["test"], parts["test"])
-    assert all(set(smaller[name].tolist()) <= rows[name] for name in ("few", "validation"))
-    assert not torch.equal(split(y, 3, seed=2)["test"], parts["test"])
+    assert found.scores["1"] == pytest.approx(100 * np.array(plain))
+    equal = decide.cross_validate(FLOOR, x[:25], np.arange(25) >= 10, workers=1)
+    assert equal.metric == "accuracy"  # 15 rows are 1.5 times 10, not more
 
 
-BLOBS = check_arrays(*clusters(CORNERS[:2], [0, 1], n=15, seed=0))
-QUICK = {"budget": 2, "epochs": 4}
+@pytest.mark.parametrize("classes", [2, 40])
+def test_two_classes_and_forty(classes):
+    rng, y = np.random.default_rng(0), np.repeat(np.arange(classes), 240 // classes)
+    rows = check_arrays(4 * np.eye(classes)[y] + rng.normal(size=(240, classes)), y)
+    few = {n: h for n, h in heads(rows).items() if n in (CONSTANT, "nearest neighbour")}
+    told = str(recommend(decide.cross_validate(few, rows.X.numpy(), rows.labels, workers=1)))
+    assert "Recommended: nearest neighbour" in told and "Worse than nea" in told
 
 
-def seen_by_training(data, monkeypatch):
-    """Return all that pre-training and methods are handed; and all scores, with their rows."""
-    seen, scores = [], []
-
-    def _recording(function):
-        def _record(first, *rows, **options):
-            seen.extend(np.asarray(part).copy() for part in rows if part is not None)
-            return function(first, *rows, **options)
-
-        return _record
-
-    def _evaluate(model, *rows):
-        scores.append((len(rows[0]), evaluate(model, *rows)))
-        return scores[-1][1]
-
-    with monkeypatch.context() as patch:
-        for module in (decide, strategies):
-            patch.setattr(module, "train", _recording(train))
-        plain = decide.LogisticRegression
-        patch.setattr(plain, "fit", _recording(plain.fit))
-        patch.setattr(decide, "evaluate", _evaluate)
-        compare_methods(0, data=data, **QUICK)
-    return seen, scores
+def test_folds_are_compared_by_the_corrected_resampled_t_test():
+    a, b = np.array([80.0, 82, 85, 79, 90]), np.array([78.0, 81, 80, 80, 82])
+    c, d = compare_folds(a, b, folds=5), a - b
+    error = np.sqrt((1 / 5 + 20 / 80) * d.var(ddof=1))
+    low, high = stats.t.interval(0.95, 4, d.mean(), error)
+    assert (c.difference, c.low, c.high) == pytest.approx((d.mean(), low, high))
+    assert c.p == pytest.approx(2 * stats.t.sf(d.mean() / error, 4)) and c.n == 5
+    assert c.wins == 0.8 and c.verdict == "not told apart at 5 folds"
+    wide = compare_folds(a, b, folds=5, tail=0.005)
+    assert wide.high == pytest.approx(d.mean() + stats.t.ppf(0.995, 4) * error)
+    assert (c.p < 0.05) == (c.low > 0) and wide.p == pytest.approx(min(1, 5 * c.p))
+    [summary] = summarize_folds({"a": a}, folds=5).values()
+    reach = stats.t.ppf(0.975, 4) * np.sqrt((1 / 5 + 1 / 4) * a.var(ddof=1))
+    assert (summary.low, summary.high) == pytest.approx((a.mean() - reach, a.mean() + reach))
+    assert summarize_folds({"a": a + 10}, folds=5)["a"].high == 100
 
 
-@pytest.mark.parametrize("source", [False, True])
-def test_test_rows_reach_no_scaler_no_pretraining_and_no_choice(source, monkeypatch):
-    data = BLOBS
-    if source:
-        data = data._replace(X_source=2 * BLOBS.X + 1, y_source=BLOBS.y)
-    test = split(data.y, 2, seed=0)["test"]
-    other = data.X.clone()
-    other[test] = 100 * other[test] + 7
-    seen, scores = seen_by_training(data, monkeypatch)
-    also_seen, others = seen_by_training(data._replace(X=other), monkeypatch)
-    assert len(seen) == len(also_seen) > 20
-    assert all(np.array_equal(a, b) for a, b in zip(seen, also_seen, strict=True))
-    chosen = [s for n, s in scores if n == 4]
-    assert chosen == [s for n, s in others if n == 4] and len(chosen) == 3 * len(METHODS)
-    assert [s for n, s in scores if n == 10] != [s for n, s in others if n == 10]
+def test_folds_without_a_difference_are_no_proof_of_equality():
+    same = np.full(10, 90.0)
+    for labels, sure in ((50, False), (1000, True)):
+        scores = {"head": same, "LoRA": same}
+        found = recommend(Scores(scores, "accuracy", 5, labels, 100 / labels, []))
+        assert found.sure == sure and found.name == "head"
+    assert compare_folds(same, same, folds=5, least=2).low == pytest.approx(-2 * 2.262, abs=0.01)
+    assert compare_folds(same + 1, same, folds=5).sign == "▲"
 
 
-def test_unlabelled_rows_are_used_without_their_labels(monkeypatch):
-    parts = split(BLOBS.y, 2, seed=0)
-    labelled = set(torch.cat([parts[name] for name in ("test", "few", "validation")]).tolist())
-    rest = [i for i in range(len(BLOBS.y)) if i not in labelled]
-    y = BLOBS.y.clone()
-    y[rest] = 1 - y[rest]
-    monkeypatch.setattr(decide, "split", lambda *args, **options: parts)
-    false = compare_methods(0, data=BLOBS._replace(y=y), **QUICK)
-    assert rest and false == compare_methods(0, data=BLOBS, **QUICK)
+def nearest_mean(X, y, other):
+    """Return the class of each other row, 0 or 1: whose mean is nearer."""
+    low, high = X[y == 0].mean(0), X[y == 1].mean(0)
+    return (other - (low + high) / 2) @ (high - low) > 0
 
 
-def test_a_comparison_is_a_function_of_its_seed():
-    torch.manual_seed(1)
-    first = compare_methods(3, data=BLOBS, **QUICK)
-    torch.rand(5)
-    assert (
-        compare_methods(3, data=BLOBS, **QUICK) == first != compare_methods(4, data=BLOBS, **QUICK)
-    )
-    assert list(first) == [*METHODS, "margin"] and torch.get_default_dtype() == torch.float32
-    for_a_process = pickle.dumps(partial(compare_methods, data=BLOBS, **QUICK))
-    assert pickle.loads(for_a_process)(3) == first
+@pytest.mark.parametrize("folds, repeats, least", [(5, 2, 0.12), (2, 5, 0.3)])
+def test_the_corrected_test_keeps_its_error_rate_and_the_naive_one_does_not(folds, repeats, least):
+    n, y, wrong = 400, np.arange(60) % 2, np.zeros(2)
+    drawn = [
+        [*RepeatedStratifiedKFold(n_splits=folds, n_repeats=repeats, random_state=i).split(y, y)]
+        for i in range(20)
+    ]
+    for seed in range(n):
+        views = np.random.default_rng(seed).normal(size=(2, 60, 4)) + 0.5 * y[:, None]
+        a, b = 100 * np.array([  # two views of a row that say equally much of its class
+            [np.mean(nearest_mean(X[fit], y[fit], X[test]) == y[test]) for X in views]
+            for fit, test in drawn[seed % 20]
+        ]).T  # fmt: skip
+        wrong += compare_folds(a, b, folds=folds).p < 0.05, stats.ttest_rel(a, b).pvalue < 0.05
+    print(f"{folds} folds, {repeats} times, {n} studies: called different in "
+          "{:.1f} % (corrected), {:.1f} % (naive)".format(*100 * wrong / n))  # fmt: skip
+    assert wrong[0] / n < 0.07 and wrong[1] / n > least
 
 
-def test_the_rate_that_gets_most_validation_rows_right_is_scored_the_smallest_of_equals(
-    monkeypatch,
-):
-    right = iter(
-        [1, 3, 3, 50] * len(METHODS)
-    )  # three rates on validation rows, one of them on test
-    models = []
-
-    def _evaluate(model, X, y):
-        models.append(model)
-        return evaluate(model, X, y)._replace(correct=next(right), n=100, margin=len(models))
-
-    monkeypatch.setattr(decide, "evaluate", _evaluate)
-    found = compare_methods(0, data=BLOBS, **QUICK)
-    assert found == dict.fromkeys(METHODS, 50.0) | {"margin": 1}
-    for *tried, scored in zip(*[iter(models)] * 4, strict=True):
-        assert scored is tried[1]
+def simulated(seed, means, spread, *, labels=10**6, folds=5, fits=10):
+    """Return scores whose errors in two folds correlate as the corrected test supposes."""
+    rng, shared = np.random.default_rng(seed), 1 / folds
+    of_rows, of_folds = rng.normal(size=len(means)), rng.normal(size=(fits, len(means)))
+    table = 80 + np.array([*means.values()])
+    table = table + spread * (shared**0.5 * of_rows + (1 - shared) ** 0.5 * of_folds)
+    scores = dict(zip(means, table.T, strict=True))
+    return Scores(scores, "accuracy", folds, labels, 100 / labels, [])
 
 
-def test_balanced_accuracy_stands_beside_accuracy_where_classes_are_unequal():
-    rng = np.random.default_rng(0)
-    y = np.array(["rare", "frequent"])[(np.arange(150) >= 15).astype(int)]
-    data = check_arrays(rng.normal(size=(150, 3)), y)  # X tells nothing
-    assert data.classes == ["frequent", "rare"] and data.unequal
-    runs = [compare_methods(seed, data=data, budget=3, epochs=4) for seed in range(3)]
-    assert list(runs[0])[-1] == "margin" and len(runs[0]) == 2 * len(METHODS) + 3
-    y_test = data.y[split(data.y, 3, seed=0)["test"]]
-    assert runs[0]["constant answer"] == pytest.approx(100 * (y_test == 0).double().mean())
-    assert runs[0]["constant answer, balanced"] == 50
-    results = {name: np.array([run[name] for run in runs]) for name in runs[0]}
-    told = str(recommend(results, method_sizes(data)))
-    assert "Classes are unequal: against a constant answer" in told
-    assert (
-        "Balanced accuracy, the mean over classes: " in told and "a constant answer 50.0 %" in told
-    )
-    balanced = recommend(results, method_sizes(data)).balanced
-    assert list(balanced) == [*METHODS, "constant answer"]
-    equal = {name: v for name, v in results.items() if "balanced" not in name and "con" not in name}
-    assert "constant" not in str(recommend(equal, method_sizes(data)))
+WORST = {"head": -2.01, "BitFit": -2.01, "LoRA": 0.0, "LP-FT": -2.01}  # just beyond the margin
+USUAL = {"zero labels": -9.0, "head": -3.0, "BitFit": -0.5, "LoRA": 0.0, "full": -1.0}
 
 
-def test_balanced_accuracy_is_the_mean_over_classes():
-    x, y = torch.eye(2, dtype=torch.float64)[[0, 0, 0, 1, 0]], torch.tensor([0, 0, 0, 1, 1])
-    model = torch.nn.Identity()
-    model.register_parameter("p", torch.nn.Parameter(torch.zeros(1, dtype=torch.float64)))
-    assert decide._balanced(model, x, y) == 75  # 100 % of one class, half of the other
-
-
-def test_too_few_epochs_are_refused_before_any_training(no_training):
-    with pytest.raises(ValueError, match="epochs = 1 must be 2 or more: LP-FT trains in two"):
-        compare_methods(0, data=BLOBS, budget=2, epochs=1)
-
-
-def test_every_method_trains_for_as_many_epochs(monkeypatch):
-    epochs = {decide: [], strategies: []}
-    for module, noted in epochs.items():
-        monkeypatch.setattr(
-            module, "train", lambda *rows, noted=noted, **o: noted.append(o["epochs"])
+@pytest.mark.parametrize("spread", [0.5, 1.5, 4.0])
+@pytest.mark.parametrize("means", [WORST, USUAL], ids=["worst case", "usual"])
+def test_sure_recommendations_lose_more_than_the_margin_in_at_most_five_of_a_hundred(means, spread):
+    n, sure, wrong, unsure = 300, 0, 0, 0
+    for seed in range(n):
+        found = recommend(simulated(seed, means, spread))
+        bad = means[found.name] < -2
+        sure, wrong, unsure = (
+            sure + found.sure,
+            wrong + (found.sure and bad),
+            unsure + (not found.sure and bad),
         )
-    compare_methods(0, data=BLOBS, budget=2, epochs=5)
-    assert epochs[decide][1:] == [5] * 3 * 5  # after pre-training, five methods at three rates
-    assert epochs[strategies] == [5] * 3 + [2, 3] * 3  # linear probing; LP-FT in two phases
+        assert found.sure == (not found.unsettled) == ("cannot tell" not in str(found))
+    print(f"spread {spread}, {n} studies: sure in {100 * sure / n:.0f} %, of one that loses more "
+          f"than the margin in {100 * wrong / n:.1f} %; unsure of such a one in "
+          f"{100 * unsure / n:.0f} %")  # fmt: skip
+    assert wrong / n <= 0.05 + 2 * (0.05 * 0.95 / n) ** 0.5
+    assert sure / n > 0.95 if spread == 0.5 else sure / n < 0.9
 
 
-def test_pretraining_without_labels_restores_masked_entries():
-    factor = torch.randn(200, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    X = torch.cat([factor, -factor], 1)
-    with reproducible(0):
-        restored = predict(pretrain(X), X * torch.tensor([0.0, 1.0]))[:, 0]
-    assert ((restored - X[:, 0]) ** 2).mean() < 0.1
+PLANTED = {
+    "the head suffices": ({"head": 0.0, "LoRA": 0.3, "full": -0.5}, "head"),
+    "only adapting the body does": ({"head": -6.0, "LoRA": 0.0, "full": 0.4}, "LoRA"),
+    "only the dearest does": ({"head": -9.0, "LoRA": -6.0, "full": 0.0}, "full"),
+    "nothing to choose between": ({"head": 0.0, "LoRA": 0.0, "full": 0.0}, "head"),
+}
 
 
-def test_sizes_match_closed_forms():
-    d, c = 5, 3
-    sizes = method_sizes(check_arrays(X, Y))
-    head, mlp = 32 * c + c, (d + 1) * 64 + 65 * 64 + 65 * 32
-    assert sizes == {
-        "logistic head": (d + 1) * c,
-        "scratch": mlp + head, "linear probing": head, "fine-tuning": mlp + head,
-        "LP-FT": mlp + head, "BitFit": 64 + 64 + 32 + head,
-        "LoRA": 4 * (d + 64 + 64 + 64 + 64 + 32) + head,
-        "adapters": 2 * (2 * 64 * 8 + 8 + 64) + 2 * 32 * 4 + 4 + 32 + head,
-    }  # fmt: skip
-    assert list(sizes) == list(METHODS)
-    assert method_sizes(BLOBS)["logistic head"] == 2 + 1  # one column for two classes
+@pytest.mark.parametrize("means, wanted", PLANTED.values(), ids=PLANTED)
+def test_planted_cases(means, wanted):
+    n = 100
+    found = [recommend(simulated(seed, means, 0.4)) for seed in range(n)]
+    right = sum(f.sure and f.name == wanted for f in found)
+    print(f"{right} of {n} studies are sure of {wanted}")
+    assert right >= 95
+    worse = {name for name, c in found[0].comparisons.items() if c.sign == "▼"}
+    assert {name for name, mean in means.items() if mean < -5} <= worse
 
 
-@pytest.mark.parametrize("n_classes", [2, 3])
-def test_the_logistic_head_is_scikit_learns(n_classes):
-    x, y = torch.from_numpy(X), torch.from_numpy(Y % n_classes)
-    with reproducible(0):
-        head = decide._logistic_head(x, y, 1.0)
-        probability = head(x).softmax(1).detach().numpy()
-    plain = decide.LogisticRegression(C=1.0, tol=1e-10, max_iter=1000).fit(X, Y % n_classes)
-    assert np.allclose(probability, plain.predict_proba(X), atol=1e-5)
+def test_too_few_labels_to_tell_are_said_and_how_many_would():
+    means, told = {"head": -1.5, "LoRA": 0.0, "full": -8.0}, []
+    for seed in range(100):
+        found = recommend(simulated(seed, means, 4.0, labels=200))
+        if found.sure or found.name != "LoRA" or [*found.unsettled] != ["head"]:
+            continue
+        told.append(seed)
+        c, needed = found.comparisons["head"], found.unsettled["head"]
+        for labels, settled in ((needed, True), (0.9 * needed, False)):
+            reach = (c.difference - c.low) * (200 / labels) ** 0.5  # as the sentence supposes
+            assert settled == (c.difference - reach > -2 or c.difference + reach < 0)
+        text = str(found)
+        assert text.startswith("Recommended: LoRA, accuracy ") and "somewhat too high" in text
+        assert "cannot tell: with 200 labels" in text and f"For head, {c.numbers}, it" in text
+        assert (f"about {needed:,} labels" if needed <= 2000 else "more than 2,000 labels") in text
+    assert len(told) > 30
+
+
+def test_a_dearer_one_that_may_be_much_better_is_no_reason_to_be_sure():
+    wave = np.tile([-6.0, 6.0], 5)
+    found = recommend(
+        Scores({"head": 80 + 0 * wave, "full": 79.5 + wave}, "accuracy", 5, 80, 1, [])
+    )
+    assert found.name == found.best == "head" and not found.sure and [*found.unsettled] == ["full"]
+    assert str(found).count("full") == 2
+
+
+def test_what_a_constant_answer_gets_is_said():
+    scores = {CONSTANT: np.full(10, 50.0), "head": 90 + np.arange(10) % 2.0}
+    found = recommend(Scores(scores, "balanced accuracy", 5, 500, 0.2, []))
+    told = str(found).splitlines()
+    assert told[0].startswith("Recommended: head, balanced accuracy 90.5 [")
+    assert told[-2:] == [
+        "Worse than head: constant answer.",
+        f"Against a constant answer: {found.constant.numbers}, better.",
+    ]
+    nothing = {CONSTANT: np.full(10, 50.0), "head": 50 + np.arange(10) % 2.0 - 0.6}
+    told = str(recommend(Scores(nothing, "balanced accuracy", 5, 5000, 0.02, [])))
+    assert "Recommended: constant answer" in told and "Against" not in told
+
+
+def test_scores_that_cannot_be_compared_are_refused():
+    def _of(**scores):
+        return Scores(scores, "accuracy", 5, 50, 2.0, [])
+
+    ten = np.arange(10.0)
+    with pytest.raises(ValueError, match="'LoRA' is nan at fold index 3"):
+        recommend(_of(head=ten, LoRA=changed(ten, 3, np.nan)))
+    with pytest.raises(ValueError, match=r"at least two candidates, there is \['head'\]"):
+        recommend(_of(head=ten))
+    with pytest.raises(ValueError, match="results do not pair up, folds of each"):
+        recommend(_of(head=ten, LoRA=ten[1:]))
+    for margin in (0, -1, 100, np.nan):
+        with pytest.raises(ValueError, match=f"margin = {margin} must be above 0"):
+            recommend(_of(head=ten, LoRA=ten), margin)
+
+
+def test_the_head_alone_is_recommended_where_classes_are_linearly_separable():
+    rows = check_arrays(*clusters(CORNERS[:2], ["a", "b"], n=150, seed=1))
+    found = decide.cross_validate(heads(rows), rows.X.numpy(), rows.labels, repeats=1, workers=1)
+    found = recommend(found)
+    assert found.name == "nearest neighbour" and found.sure
+    assert found.summaries["logistic regression"].mean > 99
+
+
+def test_a_richer_head_is_recommended_where_nothing_simpler_learns_the_classes():
+    x = np.random.default_rng(1).normal(size=(300, 3))
+    rows = check_arrays(np.c_[x, 0.1 * x], ((x[:, 0] > 0) ^ (x[:, 1] > 0)).astype(int))
+    found = decide.cross_validate(heads(rows), rows.X.numpy(), rows.labels, repeats=1, workers=1)
+    found = recommend(found)
+    assert found.name in ("SVM with RBF kernel", "MLP")
+    assert found.comparisons["logistic regression"].sign == "▼"
+
+
+def test_source_rows_of_the_same_classes_are_learnt_from_and_others_are_not():
+    centres = 3 * np.eye(40)[:4]
+    x, y = clusters(centres, [*"abab"], n=4, seed=0)
+    source = clusters(centres, [*"abab"], n=60, seed=1)
+    rows = check_arrays(x, y, *source)
+    assert rows.notes == ["y: labels ['a', 'b'] are mapped to 0..1",
+                          "y_source: labels ['a', 'b'] are mapped to 0..1"]  # fmt: skip
+    two = {n: h for n, h in heads(rows).items() if n.startswith("logistic")}
+    assert [*two] == ["logistic regression", "logistic regression, source rows too"]
+    found = decide.cross_validate(two, rows.X.numpy(), rows.labels, repeats=1, workers=1)
+    alone, more = found.scores.values()
+    assert more.mean() > alone.mean() + 5
+    other = check_arrays(x, y, source[0], np.where(source[1] == "a", "a", "c"))
+    assert other.notes[-1] == "the source rows are not used: their classes are not those of y"
+    assert [*heads(other)] == [n for n in heads(rows) if "source" not in n]
+
+
+@pytest.mark.parametrize("least", [2, 3, 4])
+def test_heads_learn_from_the_smallest_classes(least):
+    x, y = clusters(CORNERS, [*"abcd"], n=least, seed=0)
+    rows, name = check_arrays(x, y), "logistic regression"
+    head = {name: heads(rows)[name]}
+    found = decide.cross_validate(head, rows.X.numpy(), rows.labels, workers=1)
+    assert found.scores[name].mean() > 80
 
 
 @pytest.mark.parametrize("constant", [0.1, 1e6 + 0.1, 3e99])
 def test_one_column_and_constant_columns_will_do(constant):
-    column = BLOBS.X[:, :1]
+    x, y = clusters(CORNERS[:2], [0, 1], n=15, seed=0)
+    column = x[:, :1]
     padded = np.pad(column, ((0, 0), (0, 2)), constant_values=constant)
     for x in (column, padded, 1e-300 * column, 1e98 * column):
-        x = torch.as_tensor(x)
-        scaled = decide._standardized(x, like=x)
-        assert scaled[:, 0].std(correction=0) == pytest.approx(1) or x.max() < 1e-200
-        assert (scaled[:, 1:] == 0).all() and scaled.isfinite().all()
-    found = compare_methods(0, data=check_arrays(padded, BLOBS.y), **QUICK)
-    assert found["logistic head"] == 100
-    assert compare_methods(0, data=check_arrays(column, BLOBS.y), **QUICK)["LoRA"] > 0
+        scaled = standardized(x, 2.0**-52)
+        assert scaled[:, 0].std() == pytest.approx(1) or x.max() < 1e-200
+        assert (scaled[:, 1:] == 0).all() and np.isfinite(scaled).all()
+    for x in (padded, column):
+        rows = check_arrays(x, y)
+        found = decide.cross_validate(heads(rows), rows.X.numpy(), y, repeats=1, workers=1)
+        assert found.scores["logistic regression"].mean() > 95
 
 
 @pytest.mark.parametrize("load", [load_wine, load_breast_cancer])
 def test_a_file_of_real_rows_runs_from_end_to_end(load, save):
     x, y = load(return_X_y=True)
-    rows = load_rows(save(X=x, y=y + 1))
-    check_budgets(rows, [2])
-    found = compare_methods(0, data=rows, budget=2)
-    assert found["margin"] > 0 and min(found[name] for name in METHODS) > 70
-    assert ("constant answer" in found) == rows.unequal == (load is load_breast_cancer)
-
-
-def recommendation(data, monkeypatch, *, without="scratch", **options):
-    """Compare four methods on seven seeds, the fewest that can show a difference."""
-    four = {"logistic head", "scratch", "linear probing", "LoRA", "fine-tuning"} - {without}
-    monkeypatch.setattr(decide, "METHODS", {name: m for name, m in METHODS.items() if name in four})
-    runs = [compare_methods(seed, data=data, **options) for seed in range(7)]
-    results = {name: np.array([run[name] for run in runs]) for name in four}
-    return recommend(results, method_sizes(data)), results
-
-
-def test_the_head_alone_is_recommended_where_classes_are_linearly_separable(monkeypatch):
-    data = check_arrays(*clusters(CORNERS[:2], [0, 1], n=40, seed=1))
-    found, results = recommendation(data, monkeypatch, budget=5, epochs=20)
-    assert found.name == "logistic head" and results["logistic head"].mean() > 99
-
-
-def test_fine_tuning_is_recommended_where_nothing_smaller_learns_the_classes(monkeypatch):
-    x = np.random.default_rng(1).normal(size=(400, 3))
-    data = check_arrays(x, (x > 0).sum(1) % 2)  # parity: each octant borders on the other class
-    found, results = recommendation(data, monkeypatch, budget=50)
-    assert found.name == found.best == "fine-tuning" and results["fine-tuning"].mean() > 80
-    assert {c.sign for c in found.comparisons.values()} == {"▼"}
-
-
-def test_what_the_source_taught_makes_a_linear_probe_enough(monkeypatch):
-    source = clusters(CORNERS, [0, 0, 1, 1], n=60, seed=2)
-    data = check_arrays(*clusters(CORNERS, [0, 0, 1, 1], n=60, seed=3), *source)
-    found, _ = recommendation(data, monkeypatch, without="LoRA", budget=3, epochs=20)
-    assert found.name == "linear probing"
-    assert found.comparisons["logistic head"].sign == found.comparisons["scratch"].sign == "▼"
-
-
-SIZES = {"head": 10, "LoRA": 100, "fine-tuning": 1000, "scratch": 1000}
-
-
-def planted(n=10, **means):
-    """Return results of these means, with a spread over seeds that most of it pairs share."""
-    rng = np.random.default_rng(1)
-    shared = rng.normal(80, 3, n)
-    return {name: shared + means.get(name, 0.0) + rng.normal(0, 0.5, n).round(6) for name in SIZES}
-
-
-def test_where_only_fine_tuning_is_good_it_is_recommended():
-    found = recommend(planted(**{"fine-tuning": 8.0}) | {"margin": np.zeros(10)}, SIZES)
-    assert found.name == found.best == "fine-tuning"
-    assert {c.sign for c in found.comparisons.values()} == {"▼"} and len(found.comparisons) == 3
-    told = str(found)
-    assert "all smaller ones are significantly worse" in told and "1,000 parameters" in told
-    assert "Significantly worse than the best: head, LoRA, scratch" in told
-
-
-def test_the_smallest_that_is_not_significantly_worse_is_recommended_with_its_interval():
-    found = recommend(planted(**{"head": -8.0, "fine-tuning": 0.4, "LoRA": 0.2}), SIZES)
-    assert found.name == "LoRA" and found.best == "fine-tuning"
-    first = str(found).splitlines()[0]
-    c = found.comparisons["LoRA"]
-    assert f"{c.numbers} points against the best, fine-tuning (1,000 parameters)" in first
-    assert f"below {c.detectable_among(3):.1f} points is too small" in first
-    assert f"p = {c.p:.2f}" in first
-
-
-def test_without_a_difference_the_smallest_is_recommended_and_that_is_said():
-    found = recommend(planted(), SIZES)
-    assert found.name == "head" and {c.sign for c in found.comparisons.values()} == {""}
-    assert "No method is significantly worse than the best: size alone decides" in str(found)
-    same = recommend(dict.fromkeys(SIZES, np.full(10, 90.0)), SIZES)
-    assert same.name == same.best == "head" and "no method is smaller" in str(same)
-
-
-def test_of_one_size_the_better_mean_is_recommended():
-    results = planted(head=-9, LoRA=-9, scratch=0.6)
-    assert recommend(results, SIZES).name == "scratch"
-    assert (
-        recommend(results | {"fine-tuning": results["scratch"] + 0.3}, SIZES).name == "fine-tuning"
+    rows = load_rows(save(X=x[:120], y=y[:120] + 1))
+    found = decide.cross_validate(
+        heads(rows), rows.X.numpy(), rows.labels, folds=3, repeats=1, workers=1
     )
+    means = {name: scores.mean() for name, scores in found.scores.items()}
+    assert min(means[name] for name in means if name != CONSTANT) > 80
+    assert recommend(found).name != CONSTANT
+    pickle.loads(pickle.dumps(found))
 
 
-@pytest.mark.parametrize("methods, needed", [(2, 6), (4, 7), (8, 9)])
-def test_too_few_seeds_for_any_significance_are_told(methods, needed):
-    sizes = {f"method {i}": i for i in range(1, methods + 1)}
-    for n in (needed - 1, needed):
-        wave = np.arange(n) % 3
-        results = {name: size * 20 + wave * (1 + size / 9) for name, size in sizes.items()}
-        found = recommend(results, sizes)
-        one_sided = all(c.sign == "▼" for c in found.comparisons.values())
-        told = f"take at least {needed} seeds" in str(found)
-        assert one_sided == (n == needed) != told
-        assert not (told and "points is too small" in str(found))
-        assert found.name == (f"method {methods}" if one_sided else "method 1")
+@pytest.mark.parametrize(
+    "classes, words",
+    [
+        (["business", "tech"], True), (["Business & Tech", "no"], True), (["élan", "健康"], True),
+        (["A12", "B7"], False), (["LABEL_0", "LABEL_1"], False), ([0, 1], False),
+        ([False, True], False), (["business", "3"], False), (["a", "b"], False),
+        (["--", "?"], False),
+    ],
+)  # fmt: skip
+def test_class_names_are_words_only_if_all_of_them_are(classes, words):
+    assert decide.are_words(classes) == words
 
 
-def test_results_that_cannot_be_compared_are_refused():
-    with pytest.raises(ValueError, match=r"no results for \['scratch'\], only for \['head'"):
-        recommend({name: values for name, values in planted().items() if name != "scratch"}, SIZES)
-    with pytest.raises(ValueError, match=r"at least two methods, there is \['head'\]"):
-        recommend(planted(), {"head": 10})
-    with pytest.raises(ValueError, match="at least 2 seeds"):
-        recommend(planted(n=1), SIZES)
-    with pytest.raises(ValueError, match="the size of 'LoRA' is nan: it counts parameters"):
-        recommend(planted(), SIZES | {"LoRA": np.nan})
+def test_techniques_on_texts_are_scored_like_any_estimator(folder):
+    finetuner = pytest.importorskip("helpers.finetuner")
+    techniques = decide.text_candidates(["sport", "tech"], folder, seed=3)
+    assert [*techniques][:3] == [CONSTANT, "zero labels", "linear probing"] and len(techniques) == 9
+    for name in [*techniques][1:]:
+        assert isinstance(techniques[name], finetuner.FineTuner)
+        assert techniques[name].get_params()["technique"] == name
+    assert [*techniques] == [CONSTANT, "zero labels", *[*decide.text_candidates([0, 1])][1:]]
+    texts = [f"{'goal match' if i % 2 else 'chip code'} {i}" for i in range(12)]
+    labels = np.array(["tech", "sport"])[np.arange(12) % 2]
+    few = {name: techniques[name] for name in (CONSTANT, "linear probing", "LoRA, top half")}
+    found = decide.cross_validate(few, texts, labels, folds=2, repeats=1, workers=1)
+    assert {len(v) for v in found.scores.values()} == {2}
+    assert found.scores["linear probing"].mean() > 50 == found.scores[CONSTANT].mean()

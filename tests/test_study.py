@@ -20,7 +20,6 @@ from helpers.study import (
     close_calls,
     compare,
     compare_pairs,
-    recommend,
     reproducible,
     run_seeds,
     summarize,
@@ -414,7 +413,6 @@ def test_results_without_a_verdict_are_refused_by_name(change, told):
         lambda: compare(a, b),
         lambda: compare_pairs({"x": b, "a": a}, [("x", "a")]),
         lambda: summarize({"x": b, "a": a}),
-        lambda: recommend({"x": b, "a": a}, {"x": 1, "a": 2}),
     ):
         with pytest.raises(ValueError, match=told) as refusal:
             refused()

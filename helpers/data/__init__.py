@@ -1,7 +1,7 @@
 """Rows to learn from: checks, the published task, digits under shifts, your own embeddings."""
 
 # fmt: off
-from helpers.data.embeddings import Rows, check_arrays, check_budgets, load_rows, split
+from helpers.data.embeddings import Rows, check_arrays, load_rows
 from helpers.data.rows import (
     Task, as_rows, check_classes, check_parameters, check_rows, check_texts, check_whole,
     encode_labels

@@ -1,8 +1,8 @@
-"""Your own embeddings from a .npz file: read without running code, checked, split by seed."""
+"""Your own embeddings from a .npz file: read without running code, and checked."""
 
 import math
 import zipfile
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +37,8 @@ class Rows(NamedTuple):
         What a reader of the results should know of the rows, in sentences.
     rounding : float
         Relative rounding error of the dtype that X or X_source came in.
+    source_classes : list of int, bool or str; or None
+        What the labels 0..S-1 of the source rows were called.
     """
 
     X: torch.Tensor
@@ -46,12 +48,32 @@ class Rows(NamedTuple):
     classes: list
     notes: list
     rounding: float = EPS
+    source_classes: list | None = None
+
+    @property
+    def labels(self):
+        """Return what the class of each row was called, as an array of shape (n,)."""
+        return np.array(self.classes)[self.y]
 
     @property
     def unequal(self):
-        """Return whether the largest class has more than 1.5 times the rows of the smallest."""
-        counts = self.y.bincount()
-        return bool(counts.max() > 1.5 * counts.min())
+        """Return whether classes are so unequal that accuracy misleads."""
+        return unequal(self.y.bincount())
+
+
+def unequal(counts):
+    """Tell whether the largest class has more than 1.5 times the rows of the smallest.
+
+    Parameters
+    ----------
+    counts : array or Tensor of shape (C,)
+        Rows of each class.
+
+    Returns
+    -------
+    bool
+    """
+    return bool(counts.max() > 1.5 * counts.min())
 
 
 def load_rows(path):
@@ -115,7 +137,8 @@ def check_arrays(X, y, X_source=None, y_source=None):
     y : array of shape (n,)
         Labels: integers, also as whole floats, strings, or truth values.
     X_source, y_source : array of shape (m, d), array of shape (m,), optional
-        Rows of another task, to pre-train on. Their classes need not be those of `y`.
+        Rows of another task for the same encoder. They are trained on where their classes are
+        those of `y`.
 
     Returns
     -------
@@ -129,13 +152,13 @@ def check_arrays(X, y, X_source=None, y_source=None):
     if (X_source is None) != (y_source is None):
         given, absent = ARRAYS[2:] if y_source is None else ARRAYS[:1:-1]
         raise ValueError(f"{given} comes without {absent}: give both, or neither")
-    X, y, classes, notes, rounding = _checked(X, y, "X", "y")
+    (X, y, classes, notes, rounding), named = _checked(X, y, "X", "y"), None
     unit = 2.0 ** math.frexp(float(X.abs().max()))[1]  # a power of two: dividing rounds nothing
     distinct = {_bytes(row / unit) for row in X.numpy()}
     if copies := len(X) - len(distinct):
         notes.append(f"{copies} rows of X repeat others: some may be trained on and scored as well")
     if X_source is not None:
-        X_source, y_source, _, more, coarse = _checked(X_source, y_source, *ARRAYS[2:])
+        X_source, y_source, named, more, coarse = _checked(X_source, y_source, *ARRAYS[2:])
         notes, rounding = notes + more, max(rounding, coarse)
         if X_source.shape[1] != X.shape[1]:
             raise ValueError(
@@ -148,14 +171,16 @@ def check_arrays(X, y, X_source=None, y_source=None):
                 f"{len(shared)} rows of X_source are in X too, the first is row {shared[0]}: leave"
                 " them out, no method may pre-train on the labels that it is scored on"
             )
-    rows = Rows(X, y, X_source, y_source, classes, notes, rounding)
+        if named != classes:
+            notes.append("the source rows are not used: their classes are not those of y")
+    rows = Rows(X, y, X_source, y_source, classes, notes, rounding, named)
     if rows.unequal:
         counts = y.bincount()
         most, least = int(counts.argmax()), int(counts.argmin())
         notes.append(
             f"{counts[most]} of {len(y)} rows are of class {classes[most]!r}, {counts[least]} of"
             f" class {classes[least]!r}: a constant answer gets {100 * counts[most] / len(y):.1f} %"
-            " right, so read balanced accuracy, the mean over classes, beside accuracy"
+            " right, so balanced accuracy, the mean over classes, is compared"
         )
     return rows
 
@@ -276,59 +301,3 @@ def _named(y, name):
         if label in (math.inf, -math.inf) or label != int(label):
             raise ValueError(f"{name} is {label} in row {i}, which names no class: {BINS}")
     return [int(label) for label in labels] if kind is Real else [kind(label) for label in labels]
-
-
-def check_budgets(data, budgets):
-    """Refuse a label budget for which a class has too few rows: it needs three for each label.
-
-    Parameters
-    ----------
-    data : Rows
-    budgets : sequence of int
-        Labelled rows of each class.
-
-    Raises
-    ------
-    ValueError
-        If there are no budgets, one is no integer of 1 or more, or a class has too few rows.
-    """
-    if not len(budgets) or not all(isinstance(k, Integral) and k >= 1 for k in budgets):
-        raise ValueError(f"label budgets {budgets} must be integers, 1 or more, at least one")
-    counts = data.y.bincount()
-    least, k = int(counts.min()), max(budgets)
-    if least < 3 * k:
-        works = f"the largest that works is {least // 3}" if least >= 3 else "none works with it"
-        raise ValueError(
-            f"class {data.classes[int(counts.argmin())]!r} has {least} rows, and a budget of {k}"
-            f" labels needs {3 * k}, to train on, to choose the learning rate on and to test on:"
-            f" {works}"
-        )
-
-
-def split(y, budget, *, seed):
-    """Draw a seed's row numbers; those of a smaller budget are part of a larger one's.
-
-    Parameters
-    ----------
-    y : int64 Tensor of shape (n,)
-        Each class has at least ``3 * budget`` rows.
-    budget : int
-        Labelled rows of each class.
-    seed : int
-
-    Returns
-    -------
-    dict of str to int64 Tensor
-        "test", a third of each class, rounded up; "few" and "validation", `budget` rows of each
-        class; and "pool", all rows but the test rows, to be used without labels.
-    """
-    rng = np.random.default_rng(seed)
-    rows = {"test": [], "few": [], "validation": [], "pool": []}
-    for c in range(int(y.max()) + 1):
-        of_class = torch.from_numpy(rng.permutation((y == c).nonzero()[:, 0].numpy()))
-        n_test = math.ceil(len(of_class) / 3)
-        test, pool = of_class[:n_test], of_class[n_test:]
-        few, validation = pool[: 2 * budget].view(budget, 2).T  # in turn, so that budgets nest
-        for part, drawn in zip(rows.values(), (test, few, validation, pool), strict=True):
-            part.append(drawn)
-    return {name: torch.cat(part) for name, part in rows.items()}

@@ -1,12 +1,6 @@
 """Studies: many seeds, intervals, verdicts; a module for each part; a decision on your rows."""
 
-from helpers.study.decide import (
-    Recommendation,
-    compare_methods,
-    method_sizes,
-    pretrain,
-    recommend,
-)
+from helpers.study.decide import Recommendation, Scores, cross_validate, recommend
 from helpers.study.seeds import percent, reproducible, run_seeds, stream
 from helpers.study.verdicts import (
     DRIFT,
@@ -15,7 +9,9 @@ from helpers.study.verdicts import (
     cheapest,
     close_calls,
     compare,
+    compare_folds,
     compare_pairs,
     seeds_needed,
     summarize,
+    summarize_folds,
 )

@@ -1,295 +1,280 @@
-"""Part 3's decision on the reader's own rows: check them, compare methods, recommend the smallest.
+"""Which technique for your own labels: cross-validate candidates, recommend one with a margin.
 
-The rows are embeddings from any encoder; what is compared is what to train on top of them.
+A candidate is any estimator of scikit-learn's interface: techniques on texts, heads on embeddings.
 """
 
-import copy
 import math
+import re
+from contextlib import closing
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from sklearn import model_selection
+from sklearn.base import BaseEstimator, ClassifierMixin, clone
+from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import balanced_accuracy_score
-from torch import nn
-from torch.nn import functional as F
-from torch.optim import Adam
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neural_network import MLPClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC
+from sklearn.utils import check_consistent_length
 
-from helpers.data import check_budgets, split
-from helpers.data.embeddings import EPS, constant_columns
-from helpers.models import with_fresh_head
-from helpers.models.mlp import MLP
-from helpers.peft import inject_adapter, inject_bitfit, inject_lora
-from helpers.study.seeds import reproducible
-from helpers.study.verdicts import Comparison, compare, compare_pairs, seeds_needed, summarize
-from helpers.training import (
-    count_parameters,
-    cross_entropy,
-    evaluate,
-    freeze,
-    linear_probe,
-    lp_ft,
-    predict,
-    train,
-    unfreeze,
-)
+from helpers.data.embeddings import EPS, constant_columns, unequal
+from helpers.study.seeds import in_parallel
+from helpers.study.verdicts import Comparison, compare_folds, summarize_folds
 
-RATES = (1e-3, 3e-3, 1e-2)  # validation rows decide which of these a method gets,
+CONSTANT = "constant answer"  # the largest class, whatever the row: the floor of every comparison
 
-FEW_PARAMETERS = ("linear probing", "BitFit")  # or of three times these: few parameters learn
+FEW, FITS, FEWER_FITS = 500, 10, 5  # up to `FEW` labels ten fits of each candidate, then five
 
-STRENGTHS = (0.1, 1.0, 10.0)  # slower; and which C the logistic head gets
-
-BODY = ["backbone.0", "backbone.2", "backbone.4"]  # the linear layers below the head
+STRENGTHS = [0.01, 0.1, 1.0, 10.0]  # C of the logistic regression
 
 
-def _lora(model):
-    inject_lora(model, BODY, r=min(4, model.backbone[0].in_features), lora_alpha=8)
+class Scores(NamedTuple):
+    """Scores in percent of each candidate, cheapest first; entry i of each is of the same fold.
 
-
-METHODS = {  # what each does to a frozen model before the head, too, is set free to be trained
-    "logistic head": None,  # reads the standardised embeddings: there is no model below it
-    "scratch": unfreeze,  # from random weights
-    "linear probing": freeze,
-    "fine-tuning": unfreeze,
-    "LP-FT": unfreeze,
-    "BitFit": partial(inject_bitfit, targets=BODY),
-    "LoRA": _lora,
-    "adapters": partial(inject_adapter, targets=BODY, reduction_factor=8),
-}
-
-
-def pretrain(X, y=None, *, steps=300, batch_size=128, lr=3e-3, masked=0.3):
-    """Train an `MLP` on the labels y; without any, to restore entries of X that are masked.
-
-    Without labels it is a denoising autoencoder (Vincent et al. 2008, section 2.3,
-    doi:10.1145/1390156.1390294): its loss is the mean of (model(x * mask) - x)^2, and a new mask
-    sets a share `masked` of the standardised entries to 0, their mean, at each step. The backbone
-    encodes; the head, which a fresh one will replace, decodes. Weights, masks and the order of
-    batches come from torch's global stream; the epoch of the last of `steps` is completed. The
-    `MLP` comes back.
+    `metric` names them, `labels` is the number of labelled rows, `row` what one right answer more
+    is worth in points, and `notes` are sentences on how it was done.
     """
 
-    def _restore(model, x, y):
-        mask = torch.rand(x.shape) >= masked
-        return F.mse_loss(model(x * mask), x)
-
-    n, d = X.shape
-    model = MLP(d, n_classes=d if y is None else int(y.max()) + 1)
-    settings = {
-        "optimizer": Adam(model.parameters(), lr=lr, fused=True),
-        "epochs": math.ceil(steps / math.ceil(n / batch_size)),
-        "batch_size": batch_size,
-        "generator": torch.default_generator,
-        "loss": _restore if y is None else cross_entropy,
-    }
-    train(model, X, torch.zeros(n, dtype=torch.int64) if y is None else y, **settings)
-    return model
+    scores: dict
+    metric: str
+    folds: int
+    labels: int
+    row: float
+    notes: list
 
 
-def compare_methods(seed, *, data, budget, epochs=60):
-    """Train by each of `METHODS` on a few labelled rows, score them on rows that none has seen.
+def cross_validate(candidates, X, y, *, seed=0, folds=5, repeats=None, workers=None):
+    """Score every candidate on the same folds, by repeated stratified cross-validation.
 
-    A seed decides the split, the `budget` labelled rows of each class, as many others that choose
-    the learning rate, and the random weights; the rows stay the same, so an interval over seeds
-    says nothing of other collections of rows. Where there are source rows the model is pre-trained
-    on them, else on the pool without labels; "scratch" and "logistic head" do without. Columns are
-    standardised by the pool, those of the source by their own; training takes `epochs` full-batch
-    steps, at the rate that gets the most validation rows right, the smallest of equals. Accuracy
-    on the test rows in percent comes back for each method, and "margin", that of the closest
-    decision behind these and the choices of rates; where classes are `unequal` also
-    "method, balanced", the mean over classes, and the same of a "constant answer", the largest
-    class.
+    `candidates` maps names to estimators, the cheapest first; rows of X are texts or numbers.
+    Varied are the candidate and the fold: a fresh clone learns from all folds but one and is scored
+    on that one. By default there are `FITS` fits of each candidate up to `FEW` labels, and
+    `FEWER_FITS` above; a class with fewer rows than folds makes folds fewer. `Scores` come back, of
+    accuracy or, where classes are `unequal`, of balanced accuracy, for any number of workers.
     """
-    if epochs < 2:
-        raise ValueError(f"epochs = {epochs} must be 2 or more: LP-FT trains in two phases")
-    check_budgets(data, [budget])
-    n_classes, rows = len(data.classes), split(data.y, budget, seed=seed)
-    X = _standardized(data.X, like=data.X[rows["pool"]], rounding=data.rounding)
-    of = {name: (X[numbers], data.y[numbers]) for name, numbers in rows.items()}
-    found, margins = {}, []
-    with reproducible(seed):
-        if data.X_source is None:
-            base = pretrain(X[rows["pool"]])
-        else:
-            source = _standardized(data.X_source, like=data.X_source, rounding=data.rounding)
-            base = pretrain(source, data.y_source)
-        fresh, start = MLP(X.shape[1], n_classes=n_classes), with_fresh_head(base, n_classes)
-        for name in METHODS:
-            models = _trained(name, fresh if name == "scratch" else start, *of["few"], epochs)
-            scores = [evaluate(model, *of["validation"]) for model in models]
-            best = max(range(len(scores)), key=lambda i: scores[i].correct)  # the first of equals
-            scores.append(evaluate(models[best], *of["test"]))
-            found[name] = 100 * scores[-1].accuracy
-            margins += [score.margin for score in scores]
-            if data.unequal:
-                found[f"{name}, balanced"] = _balanced(models[best], *of["test"])
-    if data.unequal:
-        share = of["test"][1].bincount() / len(rows["test"])
-        found |= {"constant answer": 100 * float(share.max())}
-        found["constant answer, balanced"] = 100 / n_classes
-    return found | {"margin": min(margins)}
+    check_consistent_length(X, y)
+    y = np.asarray(y)
+    names, counts = np.unique(y, return_counts=True)
+    folds, notes = _possible(folds, names, counts)
+    fits = FITS if len(y) <= FEW else FEWER_FITS
+    repeats = repeats or max(1, round(fits / folds))
+    splitter = model_selection.RepeatedStratifiedKFold(
+        n_splits=folds, n_repeats=repeats, random_state=seed
+    )
+    splits = [*splitter.split(y, y)]
+    metric, row = "accuracy", 100 / len(y)
+    if unequal(counts):
+        metric, row = "balanced accuracy", 100 / len(counts) / int(counts.min())
+    fit = partial(_score, [*candidates.values()], X, y, splits, metric.replace(" ", "_"))
+    table = np.empty((len(splits), len(candidates)))
+    with closing(in_parallel(fit, range(table.size), workers, unit="fit")) as done:
+        for i, (found, failure) in done:
+            if failure is not None:
+                name = [*candidates][i % len(candidates)]
+                raise ValueError(f"{name!r} failed in cross-validation: {failure}")
+            table.flat[i] = found["score"]
+    notes.append(f"{folds} folds, {repeats} times: {len(splits)} fits of each candidate; {metric}")
+    return Scores(dict(zip(candidates, table.T, strict=True)), metric, folds, len(y), row, notes)
 
 
-def _balanced(model, X, y):
-    return 100 * balanced_accuracy_score(y, predict(model, X).argmax(-1))
+def _possible(folds, names, counts):
+    """Return how many folds the smallest class allows, and a note where they are fewer."""
+    name, least = names[counts.argmin()].item(), int(counts.min())
+    if len(names) < 2:
+        raise ValueError(f"all labels are {name!r}: it takes at least two classes")
+    if least < 2:
+        raise ValueError(
+            f"class {name!r} has one row, and each class needs one to learn from and one to be"
+            " scored on: label a second one, or leave this row out"
+        )
+    if least >= folds:
+        return folds, []
+    return least, [f"{least} folds, not {folds}: class {name!r} has {least} rows only"]
 
 
-def _standardized(X, *, like, rounding=EPS):
-    sd = like.std(0, correction=0)
-    sd[constant_columns(like, rounding)] = math.inf  # what does not vary in `like` becomes 0
-    return ((X - like.mean(0)) / sd).round(decimals=10)
-
-
-def _prepared(name, start):
-    """Return a copy of `start` in which what the method trains, and the head, are trainable."""
-    model = copy.deepcopy(start)
-    freeze(model)
-    METHODS[name](model)
-    unfreeze(model.head)
-    return model
-
-
-def _trained(name, start, X, y, epochs):
-    """Return one trained model for each learning rate; they start from the same parameters."""
-    if name == "logistic head":
-        return [_logistic_head(X, y, C) for C in STRENGTHS]
-    prepared, models = _prepared(name, start), []
-    for lr in RATES:
-        model = copy.deepcopy(prepared)
-        lr *= 3 if name in FEW_PARAMETERS else 1
-        if name == "linear probing":
-            linear_probe(model, X, y, epochs=epochs, lr=lr)
-        elif name == "LP-FT":
-            half = epochs // 2
-            lp_ft(model, X, y, probe_epochs=half, epochs=epochs - half, lr=lr)
-        else:
-            trained = [p for p in model.parameters() if p.requires_grad]
-            train(model, X, y, optimizer=Adam(trained, lr=lr, fused=True), epochs=epochs)
-        models.append(model)
-    return models
-
-
-def _logistic_head(X, y, C):
-    """Return scikit-learn's logistic regression as a linear layer."""
-    d, n_classes = X.shape[1], int(y.max()) + 1
-    # Newton's steps end at the same digits on every processor and L-BFGS's do not, but they cost
-    # the third power of the number of parameters
-    solver = "newton-cholesky" if d * n_classes <= 1000 else "lbfgs"
-    fitted = LogisticRegression(C=C, solver=solver, tol=1e-8, max_iter=1000).fit(X, y)
-    weight, bias = torch.from_numpy(fitted.coef_), torch.from_numpy(fitted.intercept_)
-    if n_classes == 2:  # scikit-learn has one column for two classes: the other logit is 0
-        weight, bias = F.pad(weight, (0, 0, 1, 0)), F.pad(bias, (1, 0))
-    head = nn.Linear(d, n_classes)
-    head.load_state_dict({"weight": weight, "bias": bias})
-    return head
-
-
-def method_sizes(data):
-    """Count the parameters that each of `METHODS` trains on the labelled rows.
-
-    Of the logistic head it is what scikit-learn fits: one column for two classes.
-    """
-    d, n_classes = data.X.shape[1], len(data.classes)
-    sizes = {"logistic head": (d + 1) * (1 if n_classes == 2 else n_classes)}
-    with reproducible(0):
-        start = MLP(d, n_classes=n_classes)
-        for name in [name for name in METHODS if name != "logistic head"]:
-            sizes[name] = count_parameters(_prepared(name, start)).trainable
-    return sizes
+def _score(estimators, X, y, splits, scoring, i):
+    """Return the score of fit i in percent; neighbours in i share the fold."""
+    fold, candidate = divmod(i, len(estimators))
+    found = model_selection.cross_validate(
+        estimators[candidate], X, y, cv=[splits[fold]], scoring=scoring, error_score="raise"
+    )
+    return {"score": 100 * found["test_score"][0]}
 
 
 class Recommendation(NamedTuple):
-    """The smallest method that is not significantly worse than the best; prints as sentences.
+    """What to use, and how sure that is; prints as sentences.
 
-    `name` is recommended and `best` has the highest mean; `comparisons` holds each other method
-    minus the best, adjusted by Holm; `scores` the mean and interval of each method and `sizes` its
-    trained parameters. Where classes are unequal, `balanced` holds each method's balanced accuracy
-    and the constant answer's, and `constant` the recommended method minus the constant answer.
+    `best` has the highest mean. `sure` says that `name` is the cheapest candidate that loses less
+    than `margin` points to every other one, with its whole interval; else `name` is the best.
+    `summaries` holds the mean of each candidate with its interval, `comparisons` each other one
+    minus the best, and `constant` the recommended one minus the constant answer. `unsettled` has
+    those that the data cannot tell from the best, and for each the number of labels that would: at
+    these the interval would lie inside the margin, or leave out 0.
     """
 
     name: str
     best: str
+    sure: bool
+    summaries: dict
     comparisons: dict
-    scores: dict
-    sizes: dict
-    balanced: dict
     constant: Comparison | None
+    unsettled: dict
+    margin: float
+    found: Scores
 
     def __str__(self):
-        n, m = self.scores[self.best].n, len(self.comparisons)
-        needed = seeds_needed(m)
-        size = {name: f"{name} ({size:,} parameters)" for name, size in self.sizes.items()}
-        worse = [name for name, c in self.comparisons.items() if c.sign == "▼"]
-        lines = [f"Recommended: {size[self.name]}, accuracy {self.scores[self.name]} %"]
-        if self.name != self.best:
-            c = self.comparisons[self.name]
-            lines[0] += (
-                f"; {c.numbers} points against the best, {size[self.best]}: {c.verdict}"
-                f" (p = {c.p:.2f}, adjusted for {m} comparisons)"
-            )
-            if n >= needed:
-                few = c.detectable_among(m)
-                lines[0] += (
-                    f", and a difference below {few:.1f} points is too small for them to show"
+        margin, labels = f"{self.margin:g} points", self.found.labels
+        told = f"Recommended: {self.name}, {self.found.metric} {self.summaries[self.name]} %. "
+        if self.sure:
+            told += f"It is the cheapest that loses less than {margin} to every other candidate"
+            if self.name == self.best:
+                told += "; its mean is the highest."
+            else:
+                told += (
+                    f"; to the highest mean, {self.best}: {self.comparisons[self.name].numbers}."
                 )
-        elif self.sizes[self.best] == min(self.sizes.values()):
-            lines[0] += "; it is the best on average, and no method is smaller"
         else:
-            lines[0] += "; it is the best on average, and all smaller ones are significantly worse"
-        if worse:
-            lines.append(f"Significantly worse than the best: {', '.join(worse)}")
-        else:
-            lines.append(
-                "No method is significantly worse than the best: size alone decides, and that no"
-                " difference was seen does not prove that there is none"
+            rival, needed = next(iter(self.unsettled.items()))
+            about = f"about {needed:,}" if needed <= 10 * labels else f"more than {10 * labels:,}"
+            told += (
+                "Its mean is the highest, and, being picked for that, somewhat too high.\n"
+                f"The data cannot tell: with {labels:,} labels the difference to"
+                f" {', '.join(self.unsettled)} may be {margin} or more, or not.\n"
+                f"For {rival}, {self.comparisons[rival].numbers}, it would take {about} labels, if"
+                " the difference stays and its error falls with the root of their number."
             )
-        if n < needed:
-            lines.append(
-                f"With {n} seeds and {m} comparisons no difference, however large, can be"
-                f" significant: take at least {needed} seeds"
+        if worse := [name for name, c in self.comparisons.items() if c.sign == "▼"]:
+            told += f"\nWorse than {self.best}: {', '.join(worse)}."
+        if self.constant is not None:
+            told += (
+                f"\nAgainst a constant answer: {self.constant.numbers}, {self.constant.verdict}."
             )
-        return "\n".join(lines + self._shares())
-
-    def _shares(self):
-        """Return what accuracy alone hides where classes are unequal."""
-        if self.constant is None:
-            return []
-        top = max(self.sizes, key=lambda name: self.balanced[name].mean)
-        return [
-            f"Classes are unequal: against a constant answer {self.name} gets"
-            f" {self.constant.numbers} points of accuracy, {self.constant.verdict}",
-            f"Balanced accuracy, the mean over classes: {self.name} {self.balanced[self.name]} %,"
-            f" a constant answer {self.balanced['constant answer'].mean:.1f} %; the highest is"
-            f" {self.balanced[top]} % by {top}",
-        ]
+        return told
 
 
-def recommend(results, sizes):
-    """Recommend the smallest method that is not significantly worse than the best.
+def recommend(found, margin=2.0):
+    """Recommend the cheapest candidate that loses less than `margin` points to every other one.
 
-    `results` are as `helpers.study.run_seeds` returns them, and `sizes` the trained parameters of
-    each method, as `method_sizes` counts them; results that have no size are left out. The best
-    has the highest mean. Each other method is compared with it, paired by seed, and the p-values
-    are adjusted for being several. Of two methods of one size, the better mean wins. The best is
-    picked on the scores that it is then compared by, so its own mean is somewhat too high. Where 8
-    methods are equally good, at 10 seeds, some are called worse in about 10 of 100 simulated runs,
-    not in 5, and the smallest in 2.
+    `found` is what `cross_validate` returns. Differences have the interval of `compare_folds`,
+    95 %, or more where more than two candidates are cheaper than the best (Bonferroni). It is not
+    enough to lose little to the highest mean, which is picked from noise: with few labels it is
+    often not the best. Where no candidate qualifies, the highest mean is recommended and said to
+    be unsure. In 100 simulated studies at most 5 are sure of a candidate that is truly worse than
+    the best by more than the margin, tests/test_decide.py.
     """
-    if missing := [name for name in sizes if name not in results]:
-        raise ValueError(f"there are no results for {missing}, only for {list(results)}")
-    if len(sizes) < 2:
-        raise ValueError(f"a recommendation takes at least two methods, there is {list(sizes)}")
-    if bad := [name for name, size in sizes.items() if not 0 <= size < math.inf]:
-        raise ValueError(f"the size of {bad[0]!r} is {sizes[bad[0]]}: it counts parameters")
-    scores = summarize({name: results[name] for name in sizes})
-    best = min(sizes, key=lambda name: (-scores[name].mean, sizes[name]))
-    pairs = compare_pairs(results, [(name, best) for name in sizes if name != best])
-    comparisons = {name: c for (name, _), c in pairs.items()}
-    kept = [name for name in sizes if name == best or comparisons[name].sign != "▼"]
-    name = min(kept, key=lambda name: (sizes[name], -scores[name].mean))
-    told, balanced, constant = "constant answer", {}, None
-    if told in results:
-        balanced = summarize({m: results[f"{m}, balanced"] for m in (*sizes, told)})
-        constant = compare(results[name], results[told])
-    return Recommendation(name, best, comparisons, scores, dict(sizes), balanced, constant)
+    names = [*found.scores]
+    if len(names) < 2:
+        raise ValueError(f"a recommendation takes at least two candidates, there is {names}")
+    if not 0 < margin < 100:
+        raise ValueError(f"margin = {margin} must be above 0 and below 100 points")
+    summaries = summarize_folds(found.scores, folds=found.folds, least=found.row)
+    best = max(names, key=lambda name: summaries[name].mean)  # the cheapest of equals
+    cheaper = names[: names.index(best)]
+    options = {"folds": found.folds, "least": found.row, "tail": 0.05 / max(2, len(cheaper))}
+
+    def _minus(a, b):
+        return compare_folds(found.scores[a], found.scores[b], **options)
+
+    others = {name: _minus(name, best) for name in names if name != best}
+    close = [a for a in names if all(_minus(a, b).low > -margin for b in names if b != a)]
+    name = (close or [best])[0]
+    left = {} if close else {
+        other: _settling(c, found.labels, margin, cheaper=other in cheaper)
+        for other, c in others.items()
+        if (other in cheaper and c.low <= -margin and c.high >= 0) or c.high >= margin
+    }  # fmt: skip
+    constant = _minus(name, CONSTANT) if CONSTANT in names and name != CONSTANT else None
+    return Recommendation(name, best, bool(close), summaries, others, constant, left, margin, found)
+
+
+def _settling(c, labels, margin, *, cheaper):
+    """Return the labels at which the interval would be as narrow as a decision needs."""
+    narrow = max(margin + c.difference, -c.difference) if cheaper else margin - c.difference
+    needed = labels * ((c.difference - c.low) / narrow) ** 2
+    unit = 10 ** max(math.floor(math.log10(needed)) - 1, 0)
+    return math.ceil(needed / unit) * unit
+
+
+def are_words(classes):
+    """Whether class names are words, which an encoder can read: "tech", not 3, "A12" or "LABEL_0".
+
+    A word has two letters in a row; a name with a digit in it is taken for a number.
+    """
+    return all(
+        isinstance(name, str) and re.search(r"[^\W\d_]{2}", name) and not re.search(r"\d", name)
+        for name in classes
+    )
+
+
+def text_candidates(classes, model_path="", seed=0):
+    """Return the techniques to compare on texts, cheapest first; zero labels where names are words.
+
+    All else is fixed: the encoder, the seed, and what `FineTuner` does by default.
+    """
+    from helpers.finetuner import FineTuner
+
+    techniques = ["linear probing", "LoRA, top half", "LoRA", "BitFit", "LP-FT"]
+    techniques += ["full fine-tuning", "from scratch"]
+    if are_words(classes):
+        techniques.insert(0, "zero labels")
+    options = {"model_path": model_path, "random_state": seed}
+    tuners = {name: FineTuner(name, **options) for name in techniques}
+    return {CONSTANT: DummyClassifier(strategy="most_frequent")} | tuners
+
+
+def head_candidates(rows, seed=0):
+    """Return heads to compare on the frozen embeddings of `rows`, cheapest first.
+
+    All read standardised columns. The logistic regression picks its C on training rows; it is
+    there twice where source rows have the classes of y: without them, and with them.
+    """
+    scaled = partial(make_pipeline, _Standardized(rows.rounding))
+    left = int(rows.y.bincount().min()) * 4 // 5  # of the smallest class, to learn from
+    logistic = LogisticRegression(max_iter=2000)
+    if left >= 2:
+        inner = model_selection.StratifiedKFold(min(3, left), shuffle=True, random_state=seed)
+        logistic = model_selection.GridSearchCV(logistic, {"C": STRENGTHS}, cv=inner)
+    heads = {
+        CONSTANT: DummyClassifier(strategy="most_frequent"),
+        "nearest neighbour": scaled(KNeighborsClassifier(1)),
+        "logistic regression": scaled(logistic),
+    }
+    if rows.source_classes == rows.classes:
+        source = rows.X_source.numpy(), np.array(rows.classes)[rows.y_source]
+        heads["logistic regression, source rows too"] = _WithSource(scaled(logistic), *source)
+    heads["SVM with RBF kernel"] = scaled(SVC())
+    heads["MLP"] = scaled(MLPClassifier((64,), max_iter=1000, tol=1e-3, random_state=seed))
+    return heads
+
+
+class _Standardized(StandardScaler):
+    """A StandardScaler in which columns that vary by rounding only become 0."""
+
+    def __init__(self, rounding=EPS):
+        super().__init__()
+        self.rounding = rounding
+
+    def fit(self, X, y=None):
+        super().fit(X)
+        self.scale_[constant_columns(torch.as_tensor(X), self.rounding).numpy()] = math.inf
+        return self
+
+
+class _WithSource(ClassifierMixin, BaseEstimator):
+    """An estimator that learns from the source rows, too."""
+
+    def __init__(self, estimator, X, y):
+        self.estimator, self.X, self.y = estimator, X, y
+
+    def fit(self, X, y):
+        self.fitted_ = clone(self.estimator).fit(np.r_[X, self.X], np.r_[y, self.y])
+        self.classes_ = self.fitted_.classes_
+        return self
+
+    def predict(self, X):
+        return self.fitted_.predict(X)

@@ -33,11 +33,7 @@ def run_seeds(experiment, seeds, *, workers=None):
     seeds = list(seeds)
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be distinct and at least one: {seeds[:10]}")
-    if workers is not None and not 1 <= workers <= cpu_count():
-        raise ValueError(f"workers = {workers} must be from 1 to the {cpu_count()} cores there are")
-    runs = _runs(experiment, seeds, workers)
-    bar = tqdm(runs, total=len(seeds), unit="seed", leave=False, disable=not _watched())
-    found, rows, failures = dict(bar), [], []
+    found, rows, failures = dict(in_parallel(experiment, seeds, workers)), [], []
     for i, seed in enumerate(seeds):
         row, failure = found[i]
         if failure is None and rows and row.keys() != rows[0].keys():
@@ -52,6 +48,17 @@ def run_seeds(experiment, seeds, *, workers=None):
         told = "; ".join(failures)
         warnings.warn(f"{len(failures)} of {len(seeds)} seeds failed: {told}", stacklevel=2)
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+
+def in_parallel(experiment, seeds, workers, *, unit="seed"):
+    """Yield the place of each seed, in any order, and its (results, None) or (None, failure).
+
+    A bar with the time left counts them in units where somebody looks on.
+    """
+    if workers is not None and not 1 <= workers <= cpu_count():
+        raise ValueError(f"workers = {workers} must be from 1 to the {cpu_count()} cores there are")
+    runs = _runs(experiment, seeds, workers)
+    yield from tqdm(runs, total=len(seeds), unit=unit, leave=False, disable=not _watched())
 
 
 def _runs(experiment, seeds, workers):

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy import special, stats
 
 RESAMPLES = 10_000  # of each bootstrap and sign-flip test
 
@@ -62,7 +62,8 @@ class Comparison(NamedTuple):
 
     Mean difference with its 95 % interval (low, high); p of the two-sided sign-flip test, adjusted
     by Holm where several pairs were compared; wins, P(a > b), where a tie counts half; detectable,
-    the difference that one comparison of n seeds of this spread finds with 80 % power.
+    the difference that one comparison of n seeds of this spread finds with 80 % power. Folds of
+    cross-validation take the place of seeds where `unit` says so.
     """
 
     difference: float
@@ -72,6 +73,7 @@ class Comparison(NamedTuple):
     wins: float
     detectable: float
     n: int
+    unit: str = "seeds"
 
     @property
     def verdict(self):
@@ -82,7 +84,7 @@ class Comparison(NamedTuple):
         the last it is so "on average" only.
         """
         if not self.sign:
-            return f"not told apart at {self.n} seeds"
+            return f"not told apart at {self.n} {self.unit}"
         word, wins = ("better", self.wins) if self.sign == "▲" else ("worse", 1 - self.wins)
         return word if wins >= 0.75 else f"{word} on average, P = {_even(wins):.2f}"
 
@@ -149,6 +151,45 @@ def compare_pairs(results, pairs):
     return {pair: c._replace(p=float(adjusted[pair])) for pair, c in plain.items()}
 
 
+def compare_folds(a, b, *, folds, least=0.0, tail=0.025):
+    """Compare two methods by cross-validation: entry i of both comes from the same fold.
+
+    The corrected resampled t-test (Nadeau & Bengio 2003, doi:10.1023/A:1024068626366): training
+    sets of folds overlap, so the variance of a mean of J scores is (1 / J + n_test / n_train) s^2,
+    not s^2 / J, with J - 1 degrees of freedom; n_test / n_train is 1 / (folds - 1). `least` is the
+    smallest standard error to believe: folds without any difference are no proof that there is
+    none. The interval leaves out `tail` on each side: 0.025, or less where several pairs are
+    compared, and p is scaled by as much.
+    """
+    d = np.subtract(*_checked({"a": a, "b": b}, paired=True, unit="fold").values()).round(10)
+    mean, n, error = _even(d.mean()), len(d), _resampled_error(d, folds, least)
+    reach = special.stdtrit(n - 1, 1 - tail) * error
+    p = min(1.0, 2 * float(special.stdtr(n - 1, -abs(mean) / error)) * 0.025 / tail)
+    wins = float(np.mean(d > 0) + np.mean(d == 0) / 2)
+    detectable = float(special.stdtrit(n - 1, [0.975, 0.8]).sum() * error)
+    ends = _even(mean - reach), _even(mean + reach)
+    return Comparison(mean, *ends, p, wins, detectable, n, unit="folds")
+
+
+def summarize_folds(results, *, folds, least=0.0):
+    """Return the `Summary` of each array of scores in percent, one for each fold.
+
+    Its interval is that of `compare_folds`, cut at 0 and 100.
+    """
+    summaries = {}
+    for name, values in _checked(results, unit="fold").items():
+        reach = special.stdtrit(len(values) - 1, 0.975) * _resampled_error(values, folds, least)
+        mean, sd = _even(values.mean()), _even(values.std(ddof=1))
+        ends = _even(max(mean - reach, 0)), _even(min(mean + reach, 100))
+        summaries[name] = Summary(mean, sd, *ends, len(values))
+    return summaries
+
+
+def _resampled_error(values, folds, least):
+    variance = (1 / len(values) + 1 / (folds - 1)) * np.var(values, ddof=1)
+    return max(float(np.sqrt(variance)), least, 1e-300)
+
+
 def cheapest(results, names, *, margin=2.0):
     """Recommend the first of `names`, cheapest first, that loses less than `margin` to the best.
 
@@ -164,7 +205,7 @@ def cheapest(results, names, *, margin=2.0):
             return name, against
 
 
-def _checked(results, *, least=2, paired=False):
+def _checked(results, *, least=2, paired=False, unit="seed"):
     """Return float64 arrays; refuse what no mean, interval or comparison can be taken of."""
     checked = {}
     for name, values in results.items():
@@ -172,24 +213,28 @@ def _checked(results, *, least=2, paired=False):
             values = values.detach().cpu()
             values = values.float().numpy() if values.dtype == torch.bfloat16 else values.numpy()
         if np.ma.is_masked(values):
-            raise ValueError(f"{name!r} has masked entries: leave their seeds out of every result")
+            raise ValueError(
+                f"{name!r} has masked entries: leave their {unit}s out of every result"
+            )
         values = np.asarray(values)
         if values.dtype.kind not in "biuf":
             raise ValueError(f"{name!r} has dtype {values.dtype}: results must be real numbers")
         if values.ndim != 1:
-            raise ValueError(f"{name!r} has shape {values.shape}: one number for each seed, (n,)")
+            raise ValueError(f"{name!r} has shape {values.shape}: one number for each {unit}, (n,)")
         if len(values) < least:
-            raise ValueError(f"{name!r} has {len(values)} seeds: it takes at least {least} seeds")
+            raise ValueError(
+                f"{name!r} has {len(values)} {unit}s: it takes at least {least} {unit}s"
+            )
         usable = np.abs(checked.setdefault(name, values.astype(np.float64))) < LARGEST  # NaN is not
         if not usable.all():
             i = int(np.argmin(usable))
             raise ValueError(
-                f"{name!r} is {values[i]} at seed index {i}, {(~usable).sum()} of its results are"
-                f" NaN, infinite or beyond {LARGEST:g}: leave such seeds out of every result"
+                f"{name!r} is {values[i]} at {unit} index {i}, {(~usable).sum()} of its results are"
+                f" NaN, infinite or beyond {LARGEST:g}: leave such {unit}s out of every result"
             )
     lengths = {name: len(values) for name, values in checked.items()}
     if paired and len(set(lengths.values())) > 1:
-        raise ValueError(f"results do not pair up, seeds of each: {lengths}")
+        raise ValueError(f"results do not pair up, {unit}s of each: {lengths}")
     return checked
 
 
