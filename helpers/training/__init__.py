@@ -14,5 +14,5 @@ from helpers.training.loop import cross_entropy, train
 from helpers.training.prefix import CachedRows, cache_prefix
 from helpers.training.scoring import Score, evaluate, extract_features, predict, score
 from helpers.training.strategies import (
-    fine_tune, fit, gradual_unfreezing, l2_sp, linear_probe, logistic_head, lp_ft
+    contrastive, fine_tune, fit, gradual_unfreezing, l2_sp, linear_probe, logistic_head, lp_ft
 )

@@ -17,8 +17,6 @@ from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
-STEPS, BATCH, RATE = 30, 16, 1e-3
-
 QUIET = {  # of `trainer`
     "lr_scheduler_type": "constant",
     "optim": "adamw_torch_fused",
@@ -63,26 +61,29 @@ def linear_probing(texts, labels, *, names, seed, folder):
 
 
 def recommended(texts, labels, *, names, seed, folder):
-    """Fit LoRA on the top half from linear probing's head; a class's name is one more text of it.
-
-    About 30 steps.
-    """
+    """Fit LoRA on the top half by pairs of texts, then the head; a class's name is a text of it."""
     import torch
 
-    from helpers.peft import inject_lora
-    from helpers.training import cache_prefix, extract_features, fit, logistic_head, unfreeze
+    from helpers import peft, training
 
     torch.manual_seed(seed)
     model, X = pretrained([*texts, *names], folder, len(names))
     y = torch.tensor([*labels, *range(len(names))])
-    X = cache_prefix(model, X, first=3)
-    model.head = logistic_head(extract_features(model, X), y, C=0.1)
+    X = training.cache_prefix(model, X, first=3)
     top = [f"blocks.{b}.attention.{p}_proj" for b in (3, 4, 5) for p in "qv"]
-    inject_lora(model, top, r=8, lora_alpha=16)
-    unfreeze(model.head)
-    epochs = max(3, round(STEPS / math.ceil(len(y) / BATCH)))
-    order = torch.Generator().manual_seed(seed)
-    fit(model, X, y, lr=RATE, epochs=epochs, batch_size=BATCH, generator=order)
+    peft.inject_lora(model, top, r=8, lora_alpha=16)
+    training.fit(
+        model,
+        X,
+        y,
+        lr=1e-3,
+        epochs=max(5, round(15 / math.ceil(len(y) / 64))),
+        batch_size=64,
+        loss=training.contrastive(),
+        generator=torch.Generator().manual_seed(seed),
+    )
+    training.freeze(model)
+    model.head = training.logistic_head(training.extract_features(model, X), y, C=0.1)
     return answers(model, folder)
 
 
@@ -150,9 +151,10 @@ def _collate(tokenizer, rows):
 
 
 def trainer_and_peft(texts, labels, *, names, seed, folder):
-    """Fit `trainer`'s LoRA by as many steps, of as many rows, as ours."""
+    """Fit `trainer`'s LoRA for about 30 steps of 16 rows, three epochs or more, at 1e-3."""
+    steps = max(30, 3 * math.ceil(len(texts) / 16))
     with tempfile.TemporaryDirectory() as out:
-        made = trainer(out, texts, labels, steps=STEPS, batch=BATCH, lr=RATE, seed=seed)
+        made = trainer(out, texts, labels, steps=steps, batch=16, lr=1e-3, seed=seed)
         made.train()
     return answers(made.model, folder)
 
