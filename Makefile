@@ -10,6 +10,10 @@ RUN := $(VENV)/bin/python -m
 PINS := sed -n '/^ *- pip:/,$$ s/^ *- //p' environment.yml | grep -v '^pip:' | sed 's/ *\#.*//'
 READY := $(VENV)/ready-$(shell $(PINS) | cksum | tr -d ' ')
 
+# SetFit is no dependency: it has an environment of its own, with our pins where both need a package.
+SETFIT_PINS := setfit==1.2.0 datasets==5.2.0
+SETFIT := build/setfit/ready-$(shell { echo $(SETFIT_PINS); $(PINS); } | cksum | tr -d ' ')
+
 # One thread per process: results do not depend on cores, and these models run over ten times faster.
 export OMP_NUM_THREADS ?= 1
 export MKL_NUM_THREADS ?= $(OMP_NUM_THREADS)
@@ -20,7 +24,7 @@ CSS := .jp-RenderedMarkdown pre { font-family: monospace; line-height: 1.25 } \
   .celltag_solution:not(:hover) { max-height: 2em; overflow: hidden; opacity: 0.4 }
 
 .DEFAULT_GOAL := help
-.PHONY: help execute picture test style unit check nbval drift lab html format bench lock clean
+.PHONY: help execute picture test style unit check nbval drift lab html format bench people lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -71,7 +75,10 @@ format: $(READY) ## format the code, notebooks included
 	$(RUN) ruff format .
 
 bench: $(READY) ## speed ratios, measured side by side in one run each
-	@for script in tests/benchmarks/bench_*.py; do echo "== $$script"; $(VENV)/bin/python $$script || exit 1; done
+	@for script in $(filter-out %/bench_people.py,$(wildcard tests/benchmarks/bench_*.py)); do echo "== $$script"; $(VENV)/bin/python $$script || exit 1; done
+
+people: $(READY) $(SETFIT) ## ours against SetFit, Trainer + peft and TF-IDF: accuracy, time, memory; half an hour and more
+	$(VENV)/bin/python tests/benchmarks/bench_people.py $(ARGS)
 
 lock: ## rewrite the pins in environment.yml from what .venv holds now
 	@{ sed '/^ *- pip:/q' environment.yml; \
@@ -89,4 +96,10 @@ $(READY): | environment.yml
 	"$(PYTHON)" -m venv --clear $(VENV)
 	$(PINS) > $(VENV)/requirements.txt
 	$(RUN) pip install --quiet --disable-pip-version-check -r $(VENV)/requirements.txt
+	touch $@
+
+$(SETFIT): | $(READY)
+	"$(PYTHON)" -m venv --clear build/setfit
+	grep -v '^-e' $(VENV)/requirements.txt > build/setfit/constraints.txt
+	build/setfit/bin/python -m pip install --quiet --disable-pip-version-check -c build/setfit/constraints.txt $(SETFIT_PINS)
 	touch $@

@@ -20,6 +20,7 @@ from helpers.models import MLP, Encoder, TextClassifier, stages, with_fresh_head
 from helpers.study import reproducible
 from helpers.study.published import PUBLISHED, fast_forward, replay
 from helpers.training import (
+    contrastive,
     count_parameters,
     cross_entropy,
     evaluate,
@@ -312,3 +313,41 @@ def test_l2_sp_pulls_a_copy_and_a_wrapped_model_to_the_same_start(pretrained):
         assert added == pytest.approx(0.5 / 2 * 0.1**2 * 7_584, rel=1e-9)
     with pytest.raises(AttributeError, match="backbone"):
         loss(nn.Linear(20, 4), X, y)
+
+
+class Rows(nn.Module):
+    """A model whose features are parameters, to see where a loss moves them."""
+
+    def __init__(self, z):
+        super().__init__()
+        self.z = nn.Parameter(z)
+
+    def features(self, rows):
+        return self.z[rows]
+
+
+def test_contrastive_is_the_published_loss_of_all_pairs_of_a_batch():
+    y, T = torch.tensor([0, 1, 0, 0, 1, 2]), 0.3
+    model = Rows(torch.randn(6, 5, generator=torch.Generator().manual_seed(0)))
+    loss = contrastive(T)(model, {"rows": torch.arange(6)}, y)
+    s = F.cosine_similarity(model.z[:, None], model.z, dim=2).div(T).exp()
+    terms = [
+        [-torch.log(s[i, j] / (s[i].sum() - s[i, i])) for j in range(6) if j != i and y[j] == y[i]]
+        for i in range(6)
+    ]
+    each = [sum(of) / len(of) for of in terms if of]  # class 2 has a single row
+    torch.testing.assert_close(loss, sum(each) / len(each))
+
+
+@pytest.mark.parametrize("y, moves", [([0, 1, 0, 1, 2], True), ([0, 1, 2, 3, 4], False), ([0], 0)])
+def test_contrastive_learns_from_pairs_of_a_class_alone(y, moves):
+    model = Rows(torch.randn(len(y), 4, generator=torch.Generator().manual_seed(0)))
+    X, y = {"rows": torch.arange(len(y))}, torch.tensor(y)
+    before = model.z.detach().clone()
+    history = train(model, X, y, optimizer=SGD([model.z], 0.1), epochs=50, loss=contrastive())
+    assert torch.equal(model.z, before) != moves
+    if moves:
+        z = F.normalize(model.z.detach())
+        cosines, same = z @ z.T, y[:, None] == y
+        assert cosines[same].min() > cosines[~same].max()
+        assert history["loss"][-1] < history["loss"][0]

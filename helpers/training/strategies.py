@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 from torch import nn
+from torch.nn import functional as F
 from torch.optim import Adam
 
 from helpers.models import stages, with_fresh_head
@@ -264,5 +265,41 @@ def l2_sp(model, *, alpha, fresh="head"):
     def _loss(model, x, y):
         moved = (model.get_parameter(name) - w0 for name, w0 in start.items())
         return cross_entropy(model, x, y) + alpha / 2 * sum((d**2).sum() for d in moved)
+
+    return _loss
+
+
+def contrastive(temperature=0.1):
+    """Return the loss that pulls a row's features to those of its class, away from all others.
+
+    For row i of a batch it is the mean, over the other rows j of its class, of
+    -log(exp(cos(z_i, z_j) / T) / sum_k exp(cos(z_i, z_k) / T)), k being any other row. All pairs of
+    a batch are compared, each row is read once; the head is not: freeze it, and fit it afterwards,
+    by `logistic_head`.
+
+    Parameters
+    ----------
+    temperature : float, default=0.1
+        T; the smaller it is, the more the nearest rows count.
+
+    Returns
+    -------
+    callable
+        A ``loss`` for `train`, of a model with ``features``. A row without another of its
+        class in the batch is only pushed away.
+
+    References
+    ----------
+    Khosla et al. (2020), equation 2, arXiv:2004.11362.
+    """
+
+    def _loss(model, x, y):
+        z = F.normalize(model.features(**x))  # (B, d)
+        alone = torch.eye(len(y), dtype=torch.bool, device=z.device)
+        logits = (z @ z.T / temperature).masked_fill(alone, -torch.inf)  # (B, B)
+        same = (y[:, None] == y) & ~alone
+        others = same.sum(1)
+        own = logits.log_softmax(1).masked_fill(~same, 0).sum(1) / others.clamp(min=1)
+        return -own.sum() / (others > 0).sum().clamp(min=1)
 
     return _loss

@@ -26,17 +26,9 @@ from pathlib import Path
 
 import torch
 from bench_lora import cpu_seconds, resident
-from peft import LoraConfig, get_peft_model
+from people import trainer
 from sentence_transformers import SentenceTransformer
 from torch.nn import functional as F
-from transformers import (
-    AutoTokenizer,
-    BertModel,
-    DataCollatorWithPadding,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
-)
 from transformers.utils import logging
 
 from helpers.data import draw, headlines
@@ -75,48 +67,9 @@ def fit_ours(how, model, tokens, y):
     return statistics.mean(history["loss"])
 
 
-def trainer(folder, texts, y, *, bare=False):
-    """Return a `Trainer` of a fresh model with LoRA by `peft`, perhaps without what ours lacks."""
-    tokenizer = AutoTokenizer.from_pretrained(bundled())
-    examples = [tokenizer(t) | {"labels": k} for t, k in zip(texts, y.tolist(), strict=True)]
-    pad = DataCollatorWithPadding(tokenizer)
-
-    def _collate(some):
-        batch = pad(some)
-        names = {"ids": "input_ids", "mask": "attention_mask", "labels": "labels"}
-        return {name: batch[theirs] for name, theirs in names.items()}
-
-    torch.manual_seed(0)
-    changes = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} if bare else {}
-    model = TextClassifier(BertModel.from_pretrained(bundled(), **changes), 5)
-    lora = LoraConfig(
-        r=8, lora_alpha=16, target_modules=["query", "value"], modules_to_save=["head"]
-    )
-    settings = TrainingArguments(
-        folder,
-        max_steps=STEPS,
-        per_device_train_batch_size=BATCH,
-        learning_rate=LR,
-        lr_scheduler_type="constant",
-        optim="adamw_torch_fused",
-        max_grad_norm=0 if bare else 1,
-        label_names=["labels"],
-        remove_unused_columns=False,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
-    made = Trainer(
-        get_peft_model(model, lora),
-        settings,
-        train_dataset=examples,
-        data_collator=_collate,
-        compute_loss_func=lambda logits, labels, **_: F.cross_entropy(logits, labels),
-    )
-    made.remove_callback(PrinterCallback)
-    return made
+def theirs(folder, texts, y, *, bare=False):
+    """Return transformers' `trainer` with the settings of our fit."""
+    return trainer(folder, texts, y.tolist(), steps=STEPS, batch=BATCH, lr=LR, bare=bare)
 
 
 def interleaved(makers, rounds):
@@ -138,12 +91,12 @@ def fits(folder):
         return partial(fit_ours, how, copy.deepcopy(models[how]), tokens, y)
 
     losses = ", ".join(f"{how} {_ours(how)():.2f}" for how in models)
-    result = trainer(folder, texts, y, bare=True).train()
+    result = theirs(folder, texts, y, bare=True).train()
     losses += f", bare Trainer + peft {result.training_loss:.2f} ({result.global_step} steps)"
     print(f"mean loss of {STEPS} steps: {losses}")
     makers = {how: partial(_ours, how) for how in models}
-    makers["Trainer"] = lambda: trainer(folder, texts, y).train
-    makers["bare"] = lambda: trainer(folder, texts, y, bare=True).train
+    makers["Trainer"] = lambda: theirs(folder, texts, y).train
+    makers["bare"] = lambda: theirs(folder, texts, y, bare=True).train
     return interleaved(makers, ROUNDS["fit"])
 
 
