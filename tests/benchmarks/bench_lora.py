@@ -1,32 +1,63 @@
-"""What a LoRA step costs, as ratios measured side by side in one run: `make bench`.
+"""What a step of PEFT costs, as ratios measured side by side in one run: `make bench`.
 
-1. Time and peak memory of forward + backward + optimiser step, on a two-block transformer encoder
-   of width d and 2,048 tokens: full fine-tuning, Hugging Face `peft` and ours, LoRA of rank 8.
+On a two-block transformer encoder of width d, 2,048 tokens and one thread:
+
+1. Time and peak memory of forward + backward + optimiser step: LoRA of rank 8, ours against full
+   fine-tuning and Hugging Face `peft`; DoRA, OFT, VeRA and (IA)3, ours against `peft`.
 2. The merged model's forward pass against the base's.
 3. Injection into a 12-layer model, ours against `get_peft_model`.
+
+Exits with 1 if a bar is missed.
 """
 
 import copy
-import re
-import statistics
-import subprocess
 import sys
-import time
 from functools import partial
-from pathlib import Path
 
+import peft
 import torch
-from peft import LoraConfig, get_peft_model
+from measure import holds, interleaved, peak, printed
 from torch import nn
 from torch.optim import AdamW
 
 from helpers.models import Block
-from helpers.peft import inject_lora, merge
+from helpers.peft import inject_dora, inject_ia3, inject_lora, inject_oft, inject_vera, merge
 from helpers.training import freeze
 
-ALL = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
-TARGETS = {"q,v": ["q_proj", "v_proj"], "all linears": ALL}
-ROUNDS = 9
+QV, ALL = ["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+R8 = dict(r=8, lora_alpha=16)
+TECHNIQUES = {  # how we inject, how peft does
+    "LoRA, q,v": (partial(inject_lora, targets=QV, **R8), peft.LoraConfig(target_modules=QV, **R8)),
+    "LoRA, all linears": (
+        partial(inject_lora, targets=ALL, **R8),
+        peft.LoraConfig(target_modules=ALL, **R8),
+    ),
+    "DoRA, q,v": (
+        partial(inject_dora, targets=QV, **R8),
+        peft.LoraConfig(target_modules=QV, use_dora=True, **R8),
+    ),
+    **{
+        f"OFT, q,v, blocks of {b}": (
+            partial(inject_oft, targets=QV, block_size=b),
+            peft.OFTConfig(target_modules=QV, oft_block_size=b, use_cayley_neumann=False),
+        )
+        for b in (8, 32)  # our default and peft's
+    },
+    "VeRA, q,v": (
+        lambda model: inject_vera(model, QV, generator=torch.Generator().manual_seed(0)),
+        peft.VeraConfig(target_modules=QV, projection_prng_key=0),
+    ),
+    "(IA)3, k,v and fc2": (
+        partial(inject_ia3, targets=["k_proj", "v_proj"], feedforward=["fc2"]),
+        peft.IA3Config(target_modules=["k_proj", "v_proj", "fc2"], feedforward_modules=["fc2"]),
+    ),
+}
+BARS = {  # of ours at d = 768, against full fine-tuning and peft
+    "LoRA, q,v": {"full": 0.70, "peft": 1},
+    "LoRA, all linears": {"full": 0.72, "peft": 0.85},
+    **{name: {"peft": 1} for name in list(TECHNIQUES)[2:]},
+}
+ROUNDS = 11
 
 
 def encoder(d, n_layers=2):
@@ -34,20 +65,36 @@ def encoder(d, n_layers=2):
     return nn.Sequential(*(Block(d, 4, 4 * d) for _ in range(n_layers)))
 
 
-def adapt(model, how, targets):
-    """Return `model` prepared for training in one of three ways."""
+def adapt(model, how, technique):
+    """Return `model` prepared for training, by full fine-tuning, by peft or by us."""
+    inject, config = TECHNIQUES[technique]
     if how == "peft":
-        return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=targets))
+        return peft.get_peft_model(model, copy.deepcopy(config))
     if how == "ours":
         freeze(model)
-        inject_lora(model, targets, r=8, lora_alpha=16)
+        inject(model)
     return model
+
+
+def trained(model):
+    """Return the trained parameters in an order that does not depend on how they are called."""
+    named = sorted((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    return [p for _, p in named]
+
+
+@torch.no_grad()
+def check_same(ours, theirs, x):
+    """Assert that both models compute the same once their parameters are drawn alike."""
+    for p, q in zip(trained(ours), trained(theirs), strict=True):
+        p += 0.02 * torch.randn_like(p)
+        q.copy_(p.view_as(q))
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-3, atol=1e-3)
 
 
 def stepper(model, x):
     """Return a function that does one step of training."""
     model.train()
-    optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    optimizer = AdamW(trained(model), lr=1e-4, fused=True)
 
     def _step():
         model(x).square().mean().backward()
@@ -57,88 +104,66 @@ def stepper(model, x):
     return _step
 
 
-def cpu_seconds(function):
-    """Return the processor time of one call."""
-    start = time.process_time()
-    function()
-    return time.process_time() - start
-
-
-def interleaved(functions, rounds=ROUNDS):
-    """Return the times of each function, taken in turns after a warm-up."""
-    for function in functions.values():
-        function()
-    times = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            times[name].append(cpu_seconds(function))
-    return times
-
-
-def ratio(times, a, b):
-    """Return the median ratio of paired times, with its quartiles, as text."""
-    low, mid, high = statistics.quantiles([x / y for x, y in zip(times[a], times[b], strict=True)])
-    return f"{mid:.2f} ({low:.2f} to {high:.2f})"
-
-
-def resident(field):
-    """Return VmRSS, memory in use, or VmHWM, its peak, in kB (Linux)."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1])
-
-
-def peak(how, d, targets):
+def peak_of_steps(how, technique, d):
     """Return the peak memory of three steps, above that of process, data and weights, in kB."""
-    x, model = torch.randn(16, 128, d), encoder(d)
-    step = stepper(adapt(model, how, targets), x)
+    step = stepper(adapt(encoder(d), how, technique), torch.randn(16, 128, d))
     torch.randn(64, 64) @ torch.randn(64, 64)  # loads code
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts from here
-    before = resident("VmRSS")
-    for _ in range(3):
-        step()
-    return resident("VmHWM") - before
+    return peak(lambda: [step() for _ in range(3)])
 
 
-def peak_elsewhere(how, d, targets):
-    """Return `peak` as measured in a process of its own."""
-    call = f"from tests.benchmarks.bench_lora import *; print(peak({how!r}, {d}, {targets!r}))"
-    run = [sys.executable, "-c", "import torch; torch.set_num_threads(1)\n" + call]
-    return float(subprocess.run(run, capture_output=True, check=True).stdout)
+def steps(technique, base, x):
+    """Print the ratios of one technique; return whether its bars hold."""
+    d, bars = x.shape[-1], BARS[technique]
+    models = {how: adapt(copy.deepcopy(base), how, technique) for how in ("ours", *bars)}
+    check_same(models["ours"], models["peft"], x)
+    times = interleaved({how: stepper(model, x) for how, model in models.items()}, ROUNDS)
+    memory = {how: printed(__file__, how, technique, str(d)) for how in models}
+    return all(
+        [
+            holds(
+                f"d={d}, {technique}: step, ours / {how}",
+                *(times["ours"], times[how], bar if d == 768 else None),
+                "never slower" if bar == 1 else "at most",
+                beside=f"; peak memory {memory['ours'] / memory[how]:.2f}",
+            )
+            for how, bar in bars.items()
+        ]
+    )
+
+
+def merged_forward(base, x):
+    """Print the ratio of the merged model's forward pass to the base's."""
+    model = copy.deepcopy(base)
+    inject_lora(model, ALL)
+    merge(model)
+    with torch.no_grad():
+        times = interleaved({"merged": partial(model, x), "base": partial(base, x)}, ROUNDS)
+    return holds(f"d={x.shape[-1]}: forward, merged / base", times["merged"], times["base"])
+
+
+def injection():
+    """Print the ratio of the time of our injection to that of peft's."""
+    fresh = encoder(768, 12)
+    ways = {how: partial(adapt, how=how, technique="LoRA, all linears") for how in ("ours", "peft")}
+    times = interleaved(ways, 5, prepare=lambda way: partial(way, copy.deepcopy(fresh)))
+    return holds("injection into 12 layers, d=768, ours / peft", times["ours"], times["peft"])
 
 
 def main():
-    """Print all ratios."""
-    torch.set_num_threads(1)
+    """Print all ratios; return whether all bars hold."""
     torch.manual_seed(0)
+    kept = []
     for d in (256, 768):
         base, x = encoder(d), torch.randn(16, 128, d)
-        for label, targets in TARGETS.items():
-            models = {how: adapt(copy.deepcopy(base), how, targets) for how in WAYS}
-            times = interleaved({how: stepper(model, x) for how, model in models.items()})
-            memory = {how: peak_elsewhere(how, d, targets) for how in WAYS}
-            print(
-                f"d={d}, {label}: step, ours / peft {ratio(times, 'ours', 'peft')},"
-                f" ours / full {ratio(times, 'ours', 'full')},"
-                f" peft / full {ratio(times, 'peft', 'full')};"
-                f" peak memory, ours / peft {memory['ours'] / memory['peft']:.2f},"
-                f" ours / full {memory['ours'] / memory['full']:.2f}"
-            )
-        merged = copy.deepcopy(base)
-        inject_lora(merged, ALL)
-        merge(merged)
-        with torch.no_grad():
-            forward = {"merged": partial(merged, x), "base": partial(base, x)}
-            times = interleaved(forward)
-        print(f"d={d}: forward, merged / base {ratio(times, 'merged', 'base')}")
-    fresh = encoder(768, 12)
-    copies = {how: iter([copy.deepcopy(fresh) for _ in range(6)]) for how in ("ours", "peft")}
-    times = interleaved(
-        {how: lambda how=how: adapt(next(copies[how]), how, ALL) for how in copies}, 5
-    )
-    print(f"injection into 12 layers, d=768, ours / peft: {ratio(times, 'ours', 'peft')}")
+        kept += [steps(t, base, x) for t in TECHNIQUES if d == 768 or "LoRA," in t]
+        merged_forward(base, x)
+    injection()
+    return all(kept)
 
-
-WAYS = ("full", "peft", "ours")
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    if sys.argv[1:]:
+        print(peak_of_steps(*sys.argv[1:3], int(sys.argv[3])))
+    else:
+        sys.exit(not main())

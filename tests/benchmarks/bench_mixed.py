@@ -12,7 +12,8 @@ import copy
 from functools import partial
 
 import torch
-from bench_lora import ALL, encoder, interleaved, ratio
+from bench_lora import ALL, ROUNDS, encoder
+from measure import holds, interleaved
 from torch import nn
 
 from helpers.peft import MixedBatch, inject_lora
@@ -58,16 +59,16 @@ def main():
                 "base": partial(base, x),
             }
             assert torch.allclose(ways["8 adapters"](), ways["8 in turns"](), atol=1e-4)
-            times = interleaved(ways)
-        for way in ("8 adapters", "64 adapters"):
-            print(
-                f"d={d}: {way} / one adapter {ratio(times, way, 'one adapter')},"
-                f" {way} / plain LoRA {ratio(times, way, 'plain LoRA')}"
-            )
-        print(
-            f"d={d}: 8 in turns / 8 adapters {ratio(times, '8 in turns', '8 adapters')},"
-            f" plain LoRA / base {ratio(times, 'plain LoRA', 'base')}"
-        )
+            times = interleaved(ways, ROUNDS)
+        for over, under in (
+            ("8 adapters", "one adapter"),
+            ("8 adapters", "plain LoRA"),
+            ("64 adapters", "one adapter"),
+            ("64 adapters", "plain LoRA"),
+            ("8 in turns", "8 adapters"),
+            ("plain LoRA", "base"),
+        ):
+            holds(f"d={d}: {over} / {under}", times[over], times[under])
 
 
 if __name__ == "__main__":

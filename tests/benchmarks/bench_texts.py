@@ -16,16 +16,13 @@ Exits with 1 if a bar is missed.
 """
 
 import copy
-import ctypes
 import statistics
-import subprocess
 import sys
 import tempfile
 from functools import partial
-from pathlib import Path
 
 import torch
-from bench_lora import cpu_seconds, resident
+from measure import holds, interleaved, peak, printed
 from people import trainer
 from sentence_transformers import SentenceTransformer
 from torch.nn import functional as F
@@ -72,16 +69,6 @@ def theirs(folder, texts, y, *, bare=False):
     return trainer(folder, texts, y.tolist(), steps=STEPS, batch=BATCH, lr=LR, bare=bare)
 
 
-def interleaved(makers, rounds):
-    """Return the times of what each maker makes, anew for each call, in turns after a warm-up."""
-    times = {name: [] for name in makers}
-    for k in range(rounds + 1):
-        for name, make in makers.items():
-            seconds = cpu_seconds(make())
-            times[name].extend([seconds] if k else [])
-    return times
-
-
 def fits(folder):
     """Return the times of all ways to fit; print first how far each comes."""
     texts, y = rows()
@@ -97,7 +84,7 @@ def fits(folder):
     makers = {how: partial(_ours, how) for how in models}
     makers["Trainer"] = lambda: theirs(folder, texts, y).train
     makers["bare"] = lambda: theirs(folder, texts, y, bare=True).train
-    return interleaved(makers, ROUNDS["fit"])
+    return interleaved(makers, ROUNDS["fit"], prepare=lambda make: make())
 
 
 def embeddings():
@@ -112,35 +99,16 @@ def embeddings():
     apart = (_embed() - torch.from_numpy(theirs.encode(texts))).abs().max()
     print(f"embeddings, ours - sentence-transformers: {apart:.0e} at most")
     makers = {"ours": lambda: _embed, "theirs": lambda: partial(theirs.encode, texts)}
-    return interleaved(makers, ROUNDS["embed"])
+    return interleaved(makers, ROUNDS["embed"], prepare=lambda make: make())
 
 
-def peak(how):
+def peak_of_fit(how):
     """Return the peak memory of a fit, above that of process, data and weights, in kB."""
     texts, y = rows()
     tokens, model = Tokenizer(bundled())(texts), ours(how)
     with torch.no_grad():
         model(**tokens)  # loads code
-    ctypes.CDLL(None).malloc_trim(0)  # what loading freed would be used again unseen
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts from here
-    before = resident("VmRSS")
-    fit_ours(how, model, tokens, y)
-    return resident("VmHWM") - before
-
-
-def peak_elsewhere(how):
-    """Return `peak` as measured in a process of its own."""
-    run = subprocess.run([sys.executable, __file__, how], capture_output=True, check=True)
-    return float(run.stdout)
-
-
-def holds(what, over, under, bar=None, kind="at least"):
-    """Print the median ratio with its quartiles, and its bar; return whether that holds."""
-    low, mid, high = statistics.quantiles([x / y for x, y in zip(over, under, strict=True)])
-    kept = bar is None or (mid >= bar if kind == "at least" else mid <= bar)
-    told = "" if bar is None else f"; bar: {kind} {bar}, {'holds' if kept else 'MISSED'}"
-    print(f"{what}: {mid:.2f} ({low:.2f} to {high:.2f}){told}")
-    return kept
+    return peak(partial(fit_ours, how, model, tokens, y))
 
 
 def main():
@@ -148,7 +116,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         t = fits(folder)
     e, hows = embeddings(), ("all", "full")
-    peaks = [[peak_elsewhere(how) for how in hows] for _ in range(ROUNDS["memory"])]
+    peaks = [[printed(__file__, how) for how in hows] for _ in range(ROUNDS["memory"])]
     m = dict(zip(hows, zip(*peaks, strict=True), strict=True))
     return all(
         [
@@ -169,6 +137,6 @@ if __name__ == "__main__":
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if sys.argv[1:]:
-        print(peak(sys.argv[1]))
+        print(peak_of_fit(sys.argv[1]))
     else:
         sys.exit(not main())
