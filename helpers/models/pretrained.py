@@ -82,7 +82,8 @@ def _read(folder, stamp, dtype):
     for file, *_ in stamp:
         sha.update(file.read_bytes())
     known = config.get("model_type") == "bert"
-    encoder = Encoder.from_pretrained(folder) if known else _foreign(folder, config)
+    with torch.random.fork_rng(devices=[]):  # whoever comes first draws what others do
+        encoder = Encoder.from_pretrained(folder) if known else _foreign(folder, config)
     return encoder.eval().requires_grad_(False), sha.hexdigest()
 
 
