@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from helpers import files, models, peft, training
-from helpers.data import check_texts, check_whole, encode_labels
+from helpers.data import are_words, check_texts, check_whole, encode_labels
 from helpers.peft.recipes import HEAD_RATE, PROBE_C, TECHNIQUES, epochs_for
 
 NOTE, TRAINED = "finetuner.json", "trained.safetensors"  # what a saved estimator consists of
@@ -108,6 +108,8 @@ class FineTuner(ClassifierMixin, BaseEstimator):
         seed = int(check_random_state(self.random_state).randint(2**31))
         with self._alone(seed):
             model, tokenize, base, blocks = self._start(classes)
+            if recipe.contrastive and are_words(names := classes.tolist()):
+                texts, target = [*texts, *names], [*target, *range(len(names))]
             rows, target = tokenize(texts), torch.as_tensor(target)
             if recipe.top < 1 and isinstance(model.encoder, models.Encoder):
                 first = len(model.encoder.blocks) - len(blocks)
@@ -118,6 +120,12 @@ class FineTuner(ClassifierMixin, BaseEstimator):
             if recipe.change:
                 recipe.change(model, blocks, torch.default_generator)
                 self._train(model, rows, target)
+            if recipe.contrastive:  # the head was not trained, it is fitted to what came of it
+                trained = [p for p in model.parameters() if p.requires_grad]
+                training.freeze(model)
+                features = training.extract_features(model, rows)
+                model.head = training.logistic_head(features, target, C=PROBE_C)
+                training.unfreeze(*trained)
         self.fitted_ = self.get_params()
         if self.model_path:
             self.fitted_["model_path"] = os.path.abspath(self.model_path)
@@ -278,7 +286,10 @@ class FineTuner(ClassifierMixin, BaseEstimator):
         model = models.TextClassifier(encoder, len(classes))
         training.freeze(model)
         if self.technique == "zero labels":
-            model.head = _Nearest(model.features(**tokenize(_words(classes))))
+            if not are_words(names := classes.tolist()):
+                told = f"zero labels reads class names, and {names[:3]} are no words"
+                raise ValueError(f"{told}: take another technique")
+            model.head = _Nearest(model.features(**tokenize(names)))
         lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
         name = max(lists, key=lambda name: len(lists[name]))
         first = len(lists[name]) - math.ceil(TECHNIQUES[self.technique].top * len(lists[name]))
@@ -286,13 +297,16 @@ class FineTuner(ClassifierMixin, BaseEstimator):
         return model, tokenize, base, blocks
 
     def _train(self, model, rows, target):
-        training.unfreeze(model.head)
-        lr = TECHNIQUES[self.technique].lr if self.lr is None else self.lr
-        training.fit(
-            model, rows, target, lr={"encoder": lr, "head": HEAD_RATE},
-            epochs=self.epochs or epochs_for(len(target), self.batch_size),
-            batch_size=self.batch_size, generator=torch.default_generator,
-        )  # fmt: skip
+        recipe, batch_size = TECHNIQUES[self.technique], self.batch_size
+        rates, options = {"encoder": recipe.lr if self.lr is None else self.lr}, {}
+        if recipe.contrastive:
+            batch_size, options = 4 * batch_size, {"loss": training.contrastive()}
+        else:
+            training.unfreeze(model.head)
+            rates["head"] = HEAD_RATE
+        epochs = self.epochs or epochs_for(len(target), self.batch_size, recipe.contrastive)
+        options |= {"batch_size": batch_size, "generator": torch.default_generator}
+        training.fit(model, rows, target, lr=rates, epochs=epochs, **options)
 
     def _rebuild(self, fill):
         """Build the fitted model from its encoder, and let `fill` copy in what was trained."""
@@ -333,13 +347,3 @@ def _digest(note, folder):
     if (folder / TRAINED).is_file():
         sha.update((folder / TRAINED).read_bytes())
     return sha.hexdigest()
-
-
-def _words(classes):
-    """Return the classes' names; refuse those that say nothing of what they mean."""
-    for name in classes.tolist():
-        if not isinstance(name, str) or not any(map(str.isalpha, name)):
-            raise ValueError(
-                f"zero labels reads class names, and {name!r} is no word: train instead"
-            )
-    return classes.tolist()

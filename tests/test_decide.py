@@ -19,7 +19,8 @@ from sklearn.model_selection import RepeatedStratifiedKFold
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-from helpers.data import check_arrays, load_rows
+from helpers.data import are_words, check_arrays, load_rows
+from helpers.finetuner import FineTuner
 from helpers.study import decide
 from helpers.study.decide import CONSTANT, Scores, recommend
 from helpers.study.verdicts import compare_folds, summarize_folds
@@ -729,15 +730,16 @@ def test_a_file_of_real_rows_runs_from_end_to_end(load, save):
     ],
 )  # fmt: skip
 def test_class_names_are_words_only_if_all_of_them_are(classes, words):
-    assert decide.are_words(classes) == words
+    assert are_words(classes) == words
 
 
 def test_techniques_on_texts_are_scored_like_any_estimator(folder):
-    finetuner = pytest.importorskip("helpers.finetuner")
     techniques = decide.text_candidates(["sport", "tech"], folder, seed=3)
-    assert [*techniques][:3] == [CONSTANT, "zero labels", "linear probing"] and len(techniques) == 9
+    assert [*techniques][:3] == [CONSTANT, "zero labels", "linear probing"] and len(
+        techniques
+    ) == 10
     for name in [*techniques][1:]:
-        assert isinstance(techniques[name], finetuner.FineTuner)
+        assert isinstance(techniques[name], FineTuner)
         assert techniques[name].get_params()["technique"] == name
     assert [*techniques] == [CONSTANT, "zero labels", *[*decide.text_candidates([0, 1])][1:]]
     texts = [f"{'goal match' if i % 2 else 'chip code'} {i}" for i in range(12)]

@@ -45,7 +45,7 @@ ORDER = {
     "peft": "four_bits base product lora layers surgery inject qlora files hub_config hub"
     " arithmetic mixed large recipes",
     "study": "seeds verdicts decide tuning published part1 part1_domain part2 spectrum"
-    " digits part3 part3_adapters",
+    " digits yours part3 part3_adapters",
     "show": "tables drawings figures costs",
 }
 

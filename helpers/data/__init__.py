@@ -7,4 +7,6 @@ from helpers.data.rows import (
     encode_labels
 )
 from helpers.data.tasks import digits, few_per_class, published_task, shift_digits, shifted_domain
-from helpers.data.texts import Texts, articles, documentation, draw, headlines, read_texts
+from helpers.data.texts import (
+    Texts, are_words, articles, documentation, draw, headlines, read_texts
+)

@@ -213,6 +213,24 @@ def read_texts(path):
     return texts._replace(classes=[int(c) for c in classes]) if whole else texts
 
 
+def are_words(classes):
+    """Say whether class names are words, which an encoder can read: "tech", not 3 nor "LABEL_0".
+
+    Parameters
+    ----------
+    classes : sequence of object
+
+    Returns
+    -------
+    bool
+        Whether each is a str with two letters in a row and without a digit.
+    """
+    return all(
+        isinstance(name, str) and re.search(r"[^\W\d_]{2}", name) and not re.search(r"\d", name)
+        for name in classes
+    )
+
+
 def _labelled(texts, labels, classes):
     number = {c: i for i, c in enumerate(classes)}
     y = torch.tensor([number.get(label, -1) for label in labels], dtype=torch.int64)

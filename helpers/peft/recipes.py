@@ -19,17 +19,21 @@ QUERY_VALUE = ("q_proj v_proj", "query value", "q_lin v_lin", "query_proj value_
 QUERY_VALUE += ("Wqkv", "in_proj")
 
 
-def epochs_for(n, batch_size):
+def epochs_for(n, batch_size, contrastive=False):
     """Return how many passes over n rows a fit makes: 3 or more, and about 30 steps or more.
 
     Parameters
     ----------
     n, batch_size : int
+    contrastive : bool, default=False
+        Whether pairs are compared, in batches four times as large: 5 passes and 15 steps or more.
 
     Returns
     -------
     int
     """
+    if contrastive:
+        return max(5, round(15 / math.ceil(n / (4 * batch_size))))
     return max(3, round(30 / math.ceil(n / batch_size)))
 
 
@@ -84,18 +88,23 @@ class Recipe(NamedTuple):
         The share of the blocks, from the top, that may change; below them outputs are cached.
     head_first : bool
         Whether training starts from linear probing's head, or from a random one.
+    contrastive : bool
+        Whether features are trained to be near within a class, the classes' names being texts of
+        theirs where they are words, and the head is fitted afterwards.
     """
 
     change: Callable | None = None
     lr: float = 0.0
     top: float = 1.0
     head_first: bool = True
+    contrastive: bool = False
 
 
 TECHNIQUES = {  # the cheapest first
     "zero labels": Recipe(head_first=False),
     "linear probing": Recipe(),
     "LoRA, top half": Recipe(_lora, 3e-3, top=0.5),
+    "LoRA, contrastive": Recipe(_lora, 1e-3, top=0.5, head_first=False, contrastive=True),
     "LoRA": Recipe(_lora, 3e-3),
     "BitFit": Recipe(_bitfit, 3e-3),
     "LP-FT": Recipe(_whole, 1e-4),

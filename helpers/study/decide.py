@@ -4,7 +4,6 @@ A candidate is any estimator of scikit-learn's interface: techniques on texts, h
 """
 
 import math
-import re
 from contextlib import closing
 from functools import partial
 from typing import NamedTuple
@@ -22,7 +21,9 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 from sklearn.utils import check_consistent_length
 
+from helpers.data import are_words
 from helpers.data.embeddings import EPS, constant_columns, unequal
+from helpers.finetuner import TECHNIQUES, FineTuner
 from helpers.study.seeds import in_parallel
 from helpers.study.verdicts import Comparison, compare_folds, summarize_folds
 
@@ -200,30 +201,15 @@ def _settling(c, labels, margin, *, cheaper):
     return math.ceil(needed / unit) * unit
 
 
-def are_words(classes):
-    """Whether class names are words, which an encoder can read: "tech", not 3, "A12" or "LABEL_0".
-
-    A word has two letters in a row; a name with a digit in it is taken for a number.
-    """
-    return all(
-        isinstance(name, str) and re.search(r"[^\W\d_]{2}", name) and not re.search(r"\d", name)
-        for name in classes
-    )
-
-
-def text_candidates(classes, model_path="", seed=0):
+def text_candidates(classes, model_path="", seed=0, **options):
     """Return the techniques to compare on texts, cheapest first; zero labels where names are words.
 
     All else is fixed: the encoder, the seed, and what `FineTuner` does by default.
     """
-    from helpers.finetuner import FineTuner
-
-    techniques = ["linear probing", "LoRA, top half", "LoRA", "BitFit", "LP-FT"]
-    techniques += ["full fine-tuning", "from scratch"]
-    if are_words(classes):
-        techniques.insert(0, "zero labels")
-    options = {"model_path": model_path, "random_state": seed}
-    tuners = {name: FineTuner(name, **options) for name in techniques}
+    options = {"model_path": model_path, "random_state": seed, **options}
+    tuners = {name: FineTuner(name, **options) for name in TECHNIQUES}
+    if not are_words(classes):
+        del tuners["zero labels"]
     return {CONSTANT: DummyClassifier(strategy="most_frequent")} | tuners
 
 
