@@ -123,7 +123,7 @@ def steps(technique, base, x):
             holds(
                 f"d={d}, {technique}: step, ours / {how}",
                 *(times["ours"], times[how], bar if d == 768 else None),
-                "never slower" if bar == 1 else "at most",
+                "at most",
                 beside=f"; peak memory {memory['ours'] / memory[how]:.2f}",
             )
             for how, bar in bars.items()

@@ -26,24 +26,11 @@ def interleaved(functions, rounds, prepare=lambda function: function):
     return times
 
 
-def ratio(over, under):
-    """Return the quartiles of the ratio of pairs."""
-    return statistics.quantiles([x / y for x, y in zip(over, under, strict=True)])
-
-
 def holds(what, over, under, bar=None, kind="at least", beside=""):
-    """Print the median ratio with its quartiles, and its bar; return whether that holds.
-
-    Two programs that cost the same differ by chance: the "never slower" one is slower if it is so
-    in three pairs of four.
-    """
-    low, mid, high = ratio(over, under)
-    kept = (
-        bar is None
-        or {"at least": mid >= bar, "at most": mid <= bar, "never slower": low <= bar}[kind]
-    )
-    wanted = kind if kind == "never slower" else f"{kind} {bar}"
-    told = "" if bar is None else f"; bar: {wanted}, {'holds' if kept else 'MISSED'}"
+    """Print the median ratio with its quartiles, and its bar; return whether that holds."""
+    low, mid, high = statistics.quantiles([x / y for x, y in zip(over, under, strict=True)])
+    kept = bar is None or (mid >= bar if kind == "at least" else mid <= bar)
+    told = "" if bar is None else f"; bar: {kind} {bar}, {'holds' if kept else 'MISSED'}"
     print(f"{what}: {mid:.3f} ({low:.3f} to {high:.3f}){told}{beside}", flush=True)
     return kept
 
