@@ -77,30 +77,30 @@ class Cost(NamedTuple):
     steps: int
 
 
-def costs(*, steps=STEPS, cells=CELLS, folder=""):
+def costs(*, steps=STEPS, folder=""):
     """Count what each technique trains, and the steps that cost what `steps` of LoRA do.
 
-    The technique is varied over `cells`; a step is on 16 headlines. Returns a `Cost` for each.
+    The technique is varied over `CELLS`; a step is on 16 headlines. Returns a `Cost` for each.
     """
-    rows = part1.costs({"": part1.WAYS["linear probing"], LORA: CELLS[LORA]} | cells, folder=folder)
+    rows = part1.costs({"": part1.WAYS["linear probing"]} | CELLS, folder=folder)
     found = {name: (trained, work) for name, trained, work, _ in rows}
     head, most = found[""][0], steps * found[LORA][1]
     return {
         name: Cost(found[name][0] - head, found[name][1], max(1, round(most / found[name][1])))
-        for name in cells
+        for name in CELLS
     }
 
 
-def learn(model, X, y, *, lr, steps=STEPS, seed=0):
-    """Train what is trainable for some steps of 16 rows; their order follows `seed`.
+def learn(model, X, y, *, lr, steps=STEPS, batch=BATCH, seed=0):
+    """Train what is trainable for some steps of `batch` rows; their order follows `seed`.
 
     Each row comes as often as any other, or once more where they do not share out.
     """
     order = torch.Generator().manual_seed(stream(seed, "batches"))
-    passes = math.ceil(steps * BATCH / len(y))
+    passes = math.ceil(steps * batch / len(y))
     rows = torch.cat([torch.randperm(len(y), generator=order) for _ in range(passes)])
-    rows = rows[: steps * BATCH]
-    options = {"epochs": 1, "batch_size": BATCH, "generator": order}
+    rows = rows[: steps * batch]
+    options = {"epochs": 1, "batch_size": batch, "generator": order}
     return training.fit(model, part1.some(X, rows), y[rows], lr=lr, **options)
 
 

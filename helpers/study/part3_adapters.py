@@ -17,22 +17,29 @@ FIRST = part2.TOP[0]  # the lowest block that is changed
 
 TASKS = ("headline or opening", "topic of a headline", "library of a sentence")
 
-LORA, BLOCKS = (part2.TECHNIQUES[name] for name in ("LoRA", "top two blocks"))
+LORA = part2.TECHNIQUES["LoRA"]
 
-RATES = {"one set of weights": 1e-4, "LoRA": 3e-3}  # those that Part 2 chose
+LORA_EACH = "a LoRA each"
+
+WAYS = {  # technique and rate; the last one's updates are combined
+    "one set of weights": (part2.TECHNIQUES["top two blocks"], 3e-4),
+    "one LoRA": (LORA, 3e-3),
+    LORA_EACH: (LORA, 3e-3),
+}
 
 
 def task_rows(seed, *, folder=""):
     """Draw three tasks' rows: what a text is, a headline's topic, a documentation's library.
 
-    No story is in two of them. Returns, for each of `TASKS`, "train" (40 rows or 48) and "test" (60
-    rows), as (tokens, labels).
+    No story is in two of them. Returns, for each of `TASKS`, "train" (8 rows of each topic or
+    library, half of each kind) and "test" (10 of each topic, 8 of each library), as (tokens,
+    labels).
     """
     _, heads, topics, _ = part1.start("headlines", folder)
     _, openings, *_ = part1.start("articles", folder)
     _, sentences, libraries, _ = part1.start("documentation", folder)
-    stories = data.draw(topics, seed, train=8, test=12, train_kind=8, test_kind=12)
-    documented = data.draw(libraries, seed, train=8, test=10)
+    stories = data.draw(topics, seed, train=8, test=10, train_kind=8, test_kind=10)
+    documented = data.draw(libraries, seed, train=8, test=8)
     found = {task: {} for task in TASKS}
     for part in ("train", "test"):
         rows, docs, both = stories[part], documented[part], stories[f"{part}_kind"]
@@ -47,74 +54,91 @@ def task_rows(seed, *, folder=""):
 def begin(seed, *, folder=""):
     """Return an encoder's model, three tasks' rows as its block 4 reads them, and their heads.
 
-    A head is linear probing's of the untouched encoder, and stays: only the body is varied.
+    A head is linear probing's of the untouched encoder.
     """
-    base = models.TextClassifier(part1.start("headlines", folder)[0], 1)
+    base, heads = models.TextClassifier(part1.start("headlines", folder)[0], 1), {}
     rows = {
         task: {part: (part1.cached(base, X, FIRST), y) for part, (X, y) in of.items()}
         for task, of in task_rows(seed, folder=folder).items()
     }
-    heads = {}
     for task, of in rows.items():
         X, y = of["train"]
         heads[task] = training.logistic_head(training.extract_features(base, X), y, C=part2.C)
-    training.freeze(*heads.values())
     return base, rows, heads
 
 
-def adapted(base, technique=LORA, *, seed):
-    """Return a copy of a model with a technique in it; the head stays frozen."""
-    model = copy.deepcopy(base)
+def adapted(base, way, *, seed):
+    """Return a copy of a model in which one of `WAYS` can learn; its LoRA follows the seed.
+
+    What is below the first block that learns is frozen, and shared with the model.
+    """
+    below = [base.encoder.embed, *base.encoder.blocks[:FIRST]]
+    model = copy.deepcopy(base, {id(module): module for module in below})
     training.freeze(model)
-    technique(model, torch.Generator().manual_seed(seed))
+    WAYS[way][0](model, torch.Generator().manual_seed(seed))
     return model
 
 
-def teach(base, rows, heads, task, *, seed, steps=STEPS):
-    """Return a copy of a model with a LoRA that has learned one of `TASKS` under its head."""
-    model = adapted(base, seed=stream(seed, task))
-    model.head = heads[task]
-    learn(model, *rows[task]["train"], lr=RATES["LoRA"], steps=steps, seed=seed)
-    return model
+def teach(model, way, rows, head, *, seed, steps=16):
+    """Train a model and a copy of a head on one task, at the rate of one of `WAYS`.
+
+    A step has 8 rows. Returns the head that learned, frozen.
+    """
+    model.head = copy.deepcopy(head)
+    training.unfreeze(model.head)
+    rates = {"encoder": WAYS[way][1], "head": part2.HEAD_RATE}
+    learn(model, *rows["train"], lr=rates, steps=steps, batch=8, seed=seed)
+    training.freeze(model.head)
+    return model.head
 
 
-def several_tasks(seed, *, steps=STEPS, folder=""):
+def separate(seed, *, steps=16, folder=""):
+    """Teach each of `TASKS` to a LoRA of its own, as `several_tasks` does.
+
+    The task is varied. Returns the encoder's model, untouched, and for each task the model with its
+    LoRA and head, and the tokens and labels of its test rows.
+    """
+    with reproducible(seed):
+        base, rows, heads = begin(seed, folder=folder)
+        taught = {task: adapted(base, LORA_EACH, seed=stream(seed, task)) for task in TASKS}
+        for task, model in taught.items():
+            teach(model, LORA_EACH, rows[task], heads[task], seed=seed, steps=steps)
+    return base, taught, {t: of["test"] for t, of in task_rows(seed, folder=folder).items()}
+
+
+def several_tasks(seed, *, steps=16, folder=""):
     """Learn three tasks in the encoder's top two blocks, one after another, and combine them.
 
     Varied are where they are learned, in one set of weights, in one LoRA or in a LoRA each, which
     is switched on for its task, and how the three LoRAs' updates are combined. Fixed are the order
-    of `TASKS`, each one's head, rates and steps. Returns accuracies in percent: "way/i/task" after
-    learning i tasks; "combination/task"; "distance", from the update of averaged A and B to the
+    of `TASKS`, each one's head at the start, rates and steps. Returns accuracies in percent:
+    "linear probing/task"; "way/i/task" after learning i tasks, the task's head being the one that
+    learned with it; "combination/task"; "distance", from the update of averaged A and B to the
     averaged update, in percent of the latter's Frobenius norm; and "margin".
     """
     with reproducible(seed):
         base, rows, heads = begin(seed, folder=folder)
-        untouched = _scores(base, rows, heads)
-        scores = {f"linear probing/{task}": score for task, score in untouched.items()}
-        for way, technique in (("one set of weights", BLOCKS), ("one LoRA", LORA)):
-            model = adapted(base, technique, seed=stream(seed, TASKS[0]))
+        scores = _named("linear probing", _scores(base, rows, heads))
+        for way in WAYS:
+            model, own, states = adapted(base, way, seed=stream(seed, TASKS[0])), {}, {}
             for i, task in enumerate(TASKS, 1):
-                model.head = heads[task]
-                lr = RATES.get(way, RATES["LoRA"])
-                learn(model, *rows[task]["train"], lr=lr, steps=steps, seed=seed)
-                scores |= _named(f"{way}/{i}", _scores(model, rows, heads))
-        model, states = adapted(base, seed=seed), {}
-        for i, task in enumerate(TASKS, 1):
-            taught = teach(base, rows, heads, task, seed=seed, steps=steps)
-            states[task], known = peft.adapter_state(taught), dict(untouched)
-            for other in states:
-                peft.switch(model, states, other)
-                known |= _scores(model, {other: rows[other]}, heads)
-            scores |= _named(f"a LoRA each/{i}", known)
+                each = adapted(base, way, seed=stream(seed, task)) if way == LORA_EACH else model
+                own[task] = teach(each, way, rows[task], heads[task], seed=seed, steps=steps)
+                if way == LORA_EACH:
+                    states[task] = peft.adapter_state(each)
+                for other in own:
+                    if states:
+                        peft.switch(model, states, other)
+                    scores |= _named(f"{way}/{i}", _scores(model, rows, {other: own[other]}))
         made = combinations(model, states)
         for name, vector in made.items():
-            scores |= _named(name, _scores(peft.add(base, vector), rows, heads))
+            scores |= _named(name, _scores(peft.add(base, vector), rows, own))
     off = peft.weighted_sum([made["mean of A, of B"], made["mean"]], [1.0, -1.0])
     return percent(scores) | {"distance": 100 * _size(off) / _size(made["mean"])}
 
 
 def combinations(model, states):
-    """Return what is added to the encoder by each LoRA of `states`, and by combinations of them.
+    """Return what is added to the encoder by combinations of the LoRAs in `states`.
 
     The combination is varied; `model` has the same LoRA, whose values are left changed. Sums have
     weight 1, means the same weight for each, TIES the values that its paper proposes; nothing is
@@ -127,7 +151,6 @@ def combinations(model, states):
     several, equal = list(updates.values()), [1 / len(updates)] * len(updates)
     peft.switch(model, {"": peft.weighted_sum(list(states.values()), equal)}, "")
     return {
-        **{f"only {task}": update for task, update in updates.items()},
         "sum": peft.weighted_sum(several, [1.0] * len(several)),
         "mean": peft.weighted_sum(several, equal),
         "mean of A, of B": peft.delta_weights(model),
@@ -139,11 +162,11 @@ def combinations(model, states):
 
 
 def _scores(model, rows, heads):
-    """Score a model on each task's test rows, under the task's head."""
+    """Score a model on the test rows of each task that has a head."""
     found = {}
-    for task, of in rows.items():
-        model.head = heads[task]
-        found[task] = training.evaluate(model, *of["test"])
+    for task, head in heads.items():
+        model.head = head
+        found[task] = training.evaluate(model, *rows[task]["test"])
     return found
 
 
@@ -173,24 +196,30 @@ def base_of(name, folder=""):
     return encoder
 
 
-def quantization_cost(name, *, pairs=20, folder=""):
-    """Measure what rounding costs before anything is trained, on the same stories.
+def rounding_error(name, *, folder="", adapted=False):
+    """Return the Frobenius norm of the error of one of `BASES` in percent of the weights'.
 
-    The base is varied, one of `BASES`; fixed are the stories, `pairs` of each topic. Returns the
-    Frobenius norm of the error in percent of the weights', for all 36 matrices and for those that
-    LoftQ adapts, and the `Score` of headlines that find their own article.
+    The base is varied; counted are all 36 matrices, or those that LoftQ adapts.
+    """
+    full, now = (linear_weights(base_of(n, folder)) for n in (BASES[0], name))
+    places = peft.adapters(base_of("LoftQ", folder)) if adapted else full
+    off = peft.weighted_sum([now, full], [1.0, -1.0])
+    return 100 * _size(off, places) / _size(full, places)
+
+
+def retrieval(name, *, pairs=20, folder=""):
+    """Score which headlines find their own article in one of `BASES`, before anything is trained.
+
+    The base is varied; the stories, `pairs` of each topic, are fixed.
     """
     with reproducible(0):
         _, heads, topics, _ = part1.start("headlines", folder)
         stories = data.draw(topics, 0, pairs=pairs)["pairs"]
         model = models.TextClassifier(base_of(name, folder), 1)
         texts = heads, part1.start("articles", folder)[1]
-        found = [training.extract_features(model, part1.some(X, stories)) for X in texts]
-        full, now = (linear_weights(base_of(n, folder)) for n in (BASES[0], name))
-        places = peft.adapters(base_of("LoftQ", folder))
-    off = peft.weighted_sum([now, full], [1.0, -1.0])
-    errors = [100 * _size(off, which) / _size(full, which) for which in (full, places)]
-    return *errors, part1.recall(*found)
+        return part1.recall(
+            *(training.extract_features(model, part1.some(X, stories)) for X in texts)
+        )
 
 
 def linear_weights(encoder):
@@ -202,7 +231,7 @@ def linear_weights(encoder):
     return {name: weight.detach() for name, weight in sorted(whole.items())}
 
 
-def four_bit(seed, *, lr=RATES["LoRA"], steps=STEPS, folder=""):
+def four_bit(seed, *, lr=WAYS[LORA_EACH][1], steps=STEPS, folder=""):
     """Train LoRA on 8 headlines of each topic, in the encoder and in its 4-bit copies.
 
     The base is varied: in full precision, in NF4 (QLoRA), in NF4 with LoftQ's start. Fixed are
