@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from helpers import data, models, peft, training
 from helpers.study import part1, part2
-from helpers.study.part3 import STEPS, learn
+from helpers.study.part3 import learn
 from helpers.study.seeds import percent, reproducible, stream
 
 FIRST = part2.TOP[0]  # the lowest block that is changed
@@ -231,32 +231,31 @@ def linear_weights(encoder):
     return {name: weight.detach() for name, weight in sorted(whole.items())}
 
 
-def four_bit(seed, *, lr=WAYS[LORA_EACH][1], steps=STEPS, folder=""):
+def four_bit(seed, *, lr=WAYS[LORA_EACH][1], folder=""):
     """Train LoRA on 8 headlines of each topic, in the encoder and in its 4-bit copies.
 
     The base is varied: in full precision, in NF4 (QLoRA), in NF4 with LoftQ's start. Fixed are
-    rows, rate, steps, and LoRA on q and v of the top two blocks, from linear probing on the base's
-    own features. Returns accuracies in percent, by technique and "linear probing, base"; and
-    "margin".
+    rate, and rows, steps and LoRA of Part 2, from linear probing on the base's own features.
+    Returns accuracies in percent, by technique and "linear probing, base"; and "margin".
     """
-    scores = {}
+    scores, train = {}, part2.Train()
     with reproducible(seed):
-        _, heads, topics, names = part1.start("headlines", folder)
-        drawn = data.draw(topics, seed, train=part2.LABELS, test=part1.SCORED["test"])
-        for base, way in zip((BASES[0], "NF4", "LoftQ"), ("LoRA", "QLoRA", "LoftQ"), strict=True):
+        _, tokens, topics, names = part1.start("headlines", folder)
+        free = part1.free_labels("headlines", topics, "test", folder)
+        drawn = data.draw(free, seed, train=part2.LABELS, test=part1.SCORED["test"])
+        for way, base in (("LoRA", BASES[0]), ("QLoRA", "NF4"), ("LoftQ", "LoftQ")):
             model = models.TextClassifier(copy.deepcopy(base_of(base, folder)), len(names))
             (X, y), test = (
-                (part1.cached(model, part1.some(heads, r), FIRST), topics[r.flatten()])
-                for r in drawn.values()
+                (part1.cached(model, part1.some(tokens, rows), FIRST), topics[rows.flatten()])
+                for rows in drawn.values()
             )
             model.head = training.logistic_head(training.extract_features(model, X), y, C=part2.C)
             scores[f"linear probing, {base}"] = training.evaluate(model, *test)
-            if base != "LoftQ":
-                LORA(model, torch.Generator().manual_seed(stream(seed, "LoRA")))
+            if way != "LoftQ":
+                train.inject(model, "LoRA")
             for a in peft.adapters(model).values():
                 training.unfreeze(a.lora_A, a.lora_B)
-            rates = {"encoder": lr, "head": part2.HEAD_RATE}
-            learn(model, X, y, lr=rates, steps=steps, seed=seed)
+            train.fit(model, X, y, technique="LoRA", lr=lr)
             scores[way] = training.evaluate(model, *test)
     return percent(scores)
 
