@@ -29,12 +29,12 @@ WANTED = sorted({*PROJECT["dependencies"], *(line for extra in EXTRAS for line i
 ROOMS = ["files", "data", "models", "training", "peft", "study", "show", "stored", "execute"]
 ORDER = {
     "data": "rows tasks embeddings texts",
-    "models": "checkpoint encoder mlp transformer stages",
+    "models": "checkpoint encoder mlp stages",
     "training": "freezing batches scoring prefix checks loop costs strategies domain",
     "peft": "four_bits base product lora layers surgery inject qlora files hub_config hub"
     " arithmetic mixed large",
     "study": "seeds verdicts decide tuning published part1 part1_domain part2 spectrum"
-    " digits part3 part3_adapters",
+    " part3 part3_adapters",
     "show": "tables drawings figures costs",
 }
 
