@@ -27,7 +27,6 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from helpers.models import TinyTransformer
 from helpers.peft import (
     IA3,
     LoRA,
@@ -46,6 +45,7 @@ from helpers.peft import (
     switch,
 )
 from helpers.training import freeze, unfreeze
+from tests.small import TinyTransformer
 
 QV = ["q_proj", "v_proj"]
 KEY = "base_model.model.blocks.0.attention.q_proj.lora_A.weight"

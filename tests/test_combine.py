@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from helpers.models import MLP, Encoder, TextClassifier, TinyTransformer
+from helpers.models import MLP, Encoder, TextClassifier
 from helpers.peft import (
     MixedBatch,
     adapter_state,
@@ -33,6 +33,7 @@ from helpers.peft import (
 )
 from helpers.study import reproducible
 from helpers.training import freeze, unfreeze
+from tests.small import TinyTransformer
 
 QV = ["q_proj", "v_proj"]
 LINEARS = [*QV, "k_proj", "out_proj", "fc1", "fc2", "project"]

@@ -1,13 +1,13 @@
-"""Data: what is drawn, what each shift does, and what is refused in one sentence."""
+"""Data: what is drawn, and what is refused in one sentence."""
 
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits, make_classification
+from sklearn.datasets import make_classification
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 
-from helpers.data import Task, digits, published_task, rows, shift_digits, tasks
+from helpers.data import Task, published_task, rows, tasks
 
 X = torch.arange(24.0).reshape(8, 3)
 Y = torch.tensor([0, 1, 2, 3] * 2)
@@ -47,8 +47,6 @@ def test_published_task_is_the_published_draw_rounded_and_scaled_on_the_rows_tol
         (lambda: published_task(n_informative=2, n_classes=5), "n_classes = 5 clusters need more"),
         (lambda: published_task(scale_on="test"), "scale_on = 'test' must be"),
         (lambda: published_task(n_samples=12, n_classes=8), "has no row of class [0-7]"),
-        (lambda: digits(rng(), [1000, 798]), "1798 rows were asked for: classes .* have 1797"),
-        (lambda: shift_digits(X, "blur", strength=1, rng=rng()), "kind = 'blur' must be"),
         (lambda: tasks.few_per_class(Y[1:], 2, rng()), "class 0 has 1 rows, 2 were asked for"),
     ],
 )
@@ -120,43 +118,6 @@ def test_parameters_outside_their_range_are_refused(value, low, high, error):
         return rows.check_parameters(first=(low, low, high), second=(value, low, high))
     with pytest.raises(error, match=f"^second = .* must be .*from {low} to {high}$"):
         rows.check_parameters(first=(low, low, high), second=(value, low, high))
-
-
-def test_digits_samples_are_disjoint_stratified_and_relabelled():
-    pixels, labels = load_digits(return_X_y=True)
-    label_of = {row.tobytes(): label for row, label in zip(pixels, labels, strict=True)}
-    classes, sizes = [8, 3, 5], [100, 203, 234, 1, 1]  # which is all there are
-    samples = digits(rng(), sizes, classes=classes)
-    rows = [(x * 16).double().numpy() for x, _ in samples]
-    assert [len(r) for r in rows] == [len(y) for _, y in samples] == sizes
-    assert len(np.unique(np.concatenate(rows), axis=0)) == sum(sizes)
-    share = np.array([(labels == c).sum() for c in classes]) / np.isin(labels, classes).sum()
-    for r, (_, y), n in zip(rows, samples, sizes, strict=True):
-        assert [label_of[row.tobytes()] for row in r] == [classes[label] for label in y]
-        assert np.abs(np.bincount(y, minlength=3) - n * share).max() < 2
-    again, other = digits(rng(), sizes, classes=classes), digits(rng(1), sizes, classes=classes)
-    assert torch.equal(samples[2][0], again[2][0]) and not torch.equal(samples[2][0], other[2][0])
-
-
-@pytest.mark.parametrize(
-    "kind, strength, expected",
-    [
-        ("none", 3, lambda images: images),
-        ("rotation", 90, lambda images: np.rot90(images, axes=(1, 2))),
-        ("contrast", 0.25, lambda images: 0.375 + images / 4),
-        ("inversion", 3, lambda images: 1 - images),
-        ("noise", 0.5, lambda images: images + rng().normal(0, 0.5, (30, 64)).reshape(30, 8, 8)),
-    ],
-)
-def test_each_shift_changes_the_pixels_as_it_says(kind, strength, expected):
-    [(X, _)] = digits(rng(), [30])
-    before = X.clone()
-    shifted = shift_digits(X, kind, strength=strength, rng=rng())
-    assert torch.equal(X, before) and shifted.dtype == X.dtype
-    wanted = expected(X.double().numpy().reshape(-1, 8, 8)).reshape(30, 64)
-    np.testing.assert_allclose(shifted.numpy(), wanted, atol=1e-6)
-    if kind == "inversion":
-        assert torch.equal(shift_digits(shifted, kind, strength=strength, rng=rng()), X)
 
 
 def test_few_per_class_draws_k_rows_of_each_class_at_random():

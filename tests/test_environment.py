@@ -40,12 +40,12 @@ ROOMS = [
 ]
 ORDER = {
     "data": "rows tasks embeddings texts",
-    "models": "checkpoint encoder pretrained mlp transformer stages",
+    "models": "checkpoint encoder pretrained mlp stages",
     "training": "seeding freezing batches scoring prefix checks loop costs strategies domain",
     "peft": "four_bits base product lora layers surgery inject qlora files hub_config hub"
     " arithmetic mixed large recipes",
     "study": "seeds verdicts decide tuning published part1 part1_domain part2 spectrum"
-    " digits yours part3 part3_adapters",
+    " yours part3 part3_adapters",
     "show": "tables drawings figures costs",
 }
 

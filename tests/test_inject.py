@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn.utils import prune
 from torch.optim import AdamW
 
-from helpers.models import TinyTransformer
 from helpers.peft import adapters, adapters_disabled, inject, merge, surgery
 from helpers.study import reproducible
 from helpers.training import count_parameters, freeze, predict, train, unfreeze
+from tests.small import TinyTransformer
 
 PATCH, D, FF, LAYERS = 4, 8, 12, 2
 QV, KV, NORMS = ["q_proj", "v_proj"], ["k_proj", "v_proj"], ["norm1", "norm2", "norm"]

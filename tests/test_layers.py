@@ -9,9 +9,10 @@ from torch.autograd import grad, gradcheck
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from helpers.models import Attention, FeedForward, PatchEmbedding
+from helpers.models import Attention, FeedForward
 from helpers.peft import OFT, DoRA, LoRA, VeRA, add_low_rank, inject_vera, layers, lora, product
 from helpers.study import reproducible
+from tests.small import PatchEmbedding
 
 D_IN, D_OUT, S = 6, 4, 5 / 3  # with r=3 and lora_alpha=5
 

@@ -9,11 +9,11 @@ from helpers.models import (
     Attention,
     Encoder,
     TextClassifier,
-    TinyTransformer,
     stages,
     with_fresh_head,
 )
 from helpers.study import reproducible
+from tests.small import TinyTransformer
 
 SMALL = {"d": 4, "n_heads": 2, "n_layers": 1, "d_ff": 5, "n_classes": 2}
 BLOCKS = ["embed", "blocks.0", "blocks.1"]

@@ -1,335 +1,330 @@
-"""Part 3's studies: equal budgets and compute, what is forgotten, adapters combined, 4 bits."""
+"""Part 3's studies on a small encoder: several tasks, four bits, equal budgets."""
 
 import copy
+from functools import partial
 
-import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from helpers.models import TinyTransformer
-from helpers.peft import arithmetic, dequantize, quantize, surgery
-from helpers.study import (
-    Summary,
-    digits,
-    part2,
-    part3,
-    part3_adapters,
-    reproducible,
-    stream,
-    tuning,
-)
-from helpers.study.digits import samples
-from helpers.study.part2 import prepare
-from helpers.study.part3_adapters import linear_weights
-from helpers.training import (
-    count_parameters,
-    evaluate,
-    freeze,
-    linear_probe,
-    operations,
-    train,
-    unfreeze,
-)
-from tests.test_training import moved
+from helpers import models, peft, training
+from helpers.study import part1, part2, part3, part3_adapters, reproducible, run_seeds
+from helpers.study.part3 import BUDGETS, CELLS, LORA, RATES
+from helpers.study.part3_adapters import LORA_EACH, TASKS
+from tests.small import Traced
+
+KIND, TOPIC, LIBRARY = TASKS
+FIT = [LORA, "OFT, 24,576", "prefix tuning, 24,576", "v alone, whole, 294,912"]  # at width 32
+DOUBLED = {name: rates[0] for name, rates in RATES.items() if name in FIT}
 
 
-@pytest.fixture(autouse=True)
-def base(monkeypatch):
-    """Return the model that stands for the pre-trained one: a few epochs on its seed's source."""
+@pytest.fixture
+def double():
     with reproducible(0):
-        model = TinyTransformer()
-        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-        train(model, *samples(0, "faint")["source"], optimizer=optimizer, epochs=3, batch_size=64)
-    monkeypatch.setattr(digits, "pretrained", lambda seed: copy.deepcopy(model))
-    return model
+        yield
 
 
-def lora(base, rows, *, seed):
-    """Return the base with a LoRA of rank 4 after five steps under the frozen head."""
-    model = prepare(base, part2.lora(*part2.LINEAR, r=4), seed=seed)
-    freeze(model.head)
-    list(part3.learn(model, rows, lr=1e-2, marks=[5]))
-    return model
+@pytest.fixture(scope="module")
+def found(folder):
+    return part3_adapters.several_tasks(1, steps=8, folder=folder)
 
 
-def norm(matrices):
-    return np.linalg.norm([torch.linalg.norm(M.detach()) for M in matrices])
+@pytest.fixture(scope="module")
+def apart(folder):
+    """Return the untouched model and three LoRAs, as the study of several tasks trains them."""
+    return part3_adapters.separate(1, steps=8, folder=folder)
 
 
-@pytest.mark.parametrize("budget", part3.BUDGETS)
-def test_techniques_of_one_budget_train_about_as_many_parameters(budget, base):
-    for name, way in part3.BUDGETS[budget].items():
-        n = count_parameters(prepare(base, way)).trainable - 330
-        exact = name in ("LoRA", "VeRA", "(IA)3", "BitFit", "LayerNorm tuning")
-        assert n == budget if exact else 0.66 * budget <= n <= 1.02 * budget, f"{name}: {n}"
+def numbers(tokens):
+    return set((tokens["ids"][:, 1] - 1000).tolist())  # of Traced
 
 
-def test_equal_compute_is_what_full_fine_tuning_computes(base):
-    ways = ("linear probing", "LoRA, 1,792", "VeRA, 1,792", "full fine-tuning, 17,920")
-    found = part3.costs(
-        epochs=7, configurations={n: part3.CONFIGURATIONS[n] for n in ways}, per_class=2
-    )
-    whole = found["full fine-tuning, 17,920"]
-    assert whole.steps == 7
-    head = found["linear probing"]
-    for cost in found.values():
-        assert cost.steps * cost.flops <= 7 * whole.flops
-        most = (cost.steps + 1) * cost.flops > 7 * whole.flops
-        assert most or cost.steps == 1 or cost is head
-    assert head.steps == part3.ENOUGH and found["VeRA, 1,792"].steps < 7
-    rows = samples(0, "turned", per_class=2)["few"]
-    model = prepare(base, part3.CONFIGURATIONS["linear probing"])
-    features = operations(model, *rows) - head.flops  # once, for all steps
-    assert head.steps * head.flops + features < 40 * whole.flops
-    assert found["LoRA, 1,792"].trained == 1_792 + 330
-    assert found["linear probing"].memory < found["LoRA, 1,792"].memory < whole.memory
+def test_no_story_is_in_two_sets_of_rows(folder, monkeypatch):
+    Traced(monkeypatch)
+    for seed in range(3):
+        rows = part3_adapters.task_rows(seed, folder=folder)
+        stories = [numbers(X) for task in (KIND, TOPIC) for X, _ in rows[task].values()]
+        sentences = [numbers(X) for X, _ in rows[LIBRARY].values()]
+        for sets, n in ((stories, 2 * (40 + 50)), (sentences, 48 + 48)):
+            assert len(set.union(*sets)) == sum(map(len, sets)) == n
 
 
-def test_a_batch_has_a_hundred_rows_and_an_epoch_all_of_them():
-    way = {n: part3.CONFIGURATIONS[n] for n in ("LoRA, 1,792", "full fine-tuning, 17,920")}
-    ten, fifty = (part3.costs(epochs=4, configurations=way, per_class=k) for k in (10, 50))
-    assert fifty["full fine-tuning, 17,920"].steps == 5 * 4
-    for name, cost in ten.items():
-        assert fifty[name].flops == cost.flops and 0 <= fifty[name].steps - 5 * cost.steps < 5
+def test_kinds_are_headlines_and_openings_of_all_topics(folder):
+    X, y = part3_adapters.task_rows(0, folder=folder)[KIND]["test"]
+    assert y.tolist() == [0] * 25 + [1] * 25
+    for kind, texts in enumerate(("headlines", "articles")):
+        tokens = part1.start(texts, folder)[1]
+        there = {tuple(ids[mask == 1].tolist()) for ids, mask in zip(*tokens.values(), strict=True)}
+        cut = [
+            ids[m == 1].tolist()
+            for ids, m in zip(*(X[k][y == kind] for k in ("ids", "mask")), strict=True)
+        ]
+        assert all(tuple(row) in there for row in cut)
 
 
-def test_memory_counts_buffers_and_what_l2_sp_remembers(base):
-    found = part3.costs(per_class=2)
-    full, l2_sp = (found[f"{n}, 17,920"] for n in ("full fine-tuning", "L2-SP"))
-    assert l2_sp.memory - full.memory == 2 * 8 * full.trained
-    model = prepare(base, part3.CONFIGURATIONS["VeRA, 1,792"])
-    buffers = 8 * sum(b.numel() for b in model.buffers())
-    assert buffers > 100_000 and found["VeRA, 1,792"].memory > 8 * 18_026 + buffers
+def test_a_lora_each_forgets_nothing_and_one_lora_starts_as_the_first_of_them(found):
+    for j, task in enumerate(TASKS, 1):
+        column = [found[f"{LORA_EACH}/{i}/{task}"] for i in range(j, 4)]
+        assert column == column[:1] * len(column)
+        assert f"one LoRA/{j - 1}/{task}" not in found  # no head has learned yet
+    assert found[f"{LORA_EACH}/1/{KIND}"] == found[f"one LoRA/1/{KIND}"]
+    ends = [[found[f"{way}/3/{task}"] for task in TASKS] for way in (LORA_EACH, "one LoRA")]
+    assert ends[0] != ends[1]  # which has gone on learning
 
 
-def test_linear_probing_on_cached_features_is_training_the_head_in_place(base):
-    rows, found = samples(0, "turned", per_class=25)["few"], []
-    for name in ("", "linear probing"):
-        model = prepare(base, part3.CONFIGURATIONS["linear probing"])
-        list(part3.learn(model, rows, lr=1e-2, marks=[9], name=name))
-        found.append(model(rows[0]).detach())
-    assert torch.allclose(*found, rtol=0, atol=1e-9) and not torch.allclose(found[0], base(rows[0]))
+def test_scores_are_those_of_the_models_that_were_taught(found, apart, folder):
+    base, taught, tests = apart
+    with reproducible(1):
+        _, _, heads = part3_adapters.begin(1, folder=folder)
+    for task, model in taught.items():
+        right = 100 * training.evaluate(model, *tests[task]).accuracy
+        assert found[f"{LORA_EACH}/3/{task}"] == right
+        model = copy.deepcopy(base)
+        model.head = heads[task]
+        right = 100 * training.evaluate(model, *tests[task]).accuracy
+        assert found[f"linear probing/{task}"] == right
 
 
-def test_costs_are_those_of_the_model(base):
-    way = part3.CONFIGURATIONS["DoRA, 192"]
-    [cost] = part3.costs(configurations={"DoRA, 192": way}, per_class=3).values()
-    rows = samples(0, "turned", per_class=3)["few"]
-    assert cost.flops == operations(prepare(base, way), *rows)
+def test_a_seed_gives_the_same_numbers_again(found, folder):
+    assert part3_adapters.several_tasks(1, steps=8, folder=folder) == found
 
 
-@pytest.mark.parametrize("name", ["", "L2-SP, 17,920", "LP-FT, 17,920"])
-def test_a_pause_changes_nothing(name, base):
-    rows = samples(0, "turned", per_class=2)["few"]
-    found = []
-    for marks in ([6], [1, 2, 6]):
-        model = prepare(base, part3.CONFIGURATIONS[name or "LoRA, 192"])
-        reached = list(part3.learn(model, rows, lr=1e-2, marks=marks, name=name))
-        assert reached == marks
-        found.append(model)
-    assert moved(found[0], found[1].state_dict()) == []
+def updates(apart):
+    """Return the updates of three LoRAs, and what `combinations` makes of them."""
+    base, taught, _ = apart
+    states = {task: peft.adapter_state(model) for task, model in taught.items()}
+    model = part3_adapters.adapted(base, LORA_EACH, seed=0)
+    each = [peft.delta_weights(model) for model in taught.values()]
+    return each, part3_adapters.combinations(model, states)
 
 
-def test_lp_ft_is_fine_tuning_from_a_probed_head(base):
-    rows, found = samples(0, "turned", per_class=2)["few"], []
-    probed = copy.deepcopy(base)
-    linear_probe(probed, *rows, epochs=40, lr=1e-2)
-    for start, name in ((base, "LP-FT, 17,920"), (probed, "full fine-tuning, 17,920")):
-        model = prepare(start, part3.CONFIGURATIONS[name])
-        list(part3.learn(model, rows, lr=1e-3, marks=[3], name=name))
-        found.append(model)
-    assert moved(found[0], found[1].state_dict()) == []
+def test_the_sum_of_updates_is_one_lora_of_their_ranks_together(apart):
+    base, taught, tests = apart
+    _, made = updates(apart)
+    model = part3_adapters.adapted(base, LORA_EACH, seed=0)
+    for name, lora in peft.adapters(model).items():
+        parts = [peft.adapters(other)[name] for other in taught.values()]
+        lora.lora_A = nn.Parameter(torch.cat([p.lora_A for p in parts]))
+        lora.lora_B = nn.Parameter(torch.cat([p.lora_B for p in parts], 1))
+    summed = peft.add(base, made["sum"])
+    for task, (X, _) in tests.items():
+        model.head = summed.head = taught[task].head
+        gap = training.predict(model, X) - training.predict(summed, X)
+        assert gap.abs().max() < 1e-10
+        summed.head, apart_from = taught[task].head, training.predict(taught[task], X)
+        assert (training.predict(summed, X) - apart_from).abs().max() > 1e-4
 
 
-def test_more_than_a_hundred_rows_are_steps_of_a_hundred(base, monkeypatch):
-    steps, kept = [], torch.optim.Adam.step
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda *a, **k: steps.append(1) or kept(*a, **k))
-    rows = samples(0, "turned", per_class=25)["few"]  # 250 rows: three steps an epoch
-    model = prepare(base, part3.CONFIGURATIONS["linear probing"])
-    list(part3.learn(model, rows, lr=1e-2, marks=[6, 12]))
-    assert len(steps) == 12
+def test_combinations_are_what_they_are_called(apart, found):
+    each, made = updates(apart)
+    base, taught, tests = apart
+    off, whole = 0.0, 0.0
+    for name in each[0]:
+        parts = [update[name] for update in each]
+        assert torch.allclose(made["mean"][name], sum(parts) / 3, atol=1e-12)
+        for task, part in zip(TASKS, parts, strict=True):
+            assert torch.equal(made[f"minus {task}"][name], -part)
+        layers = [peft.adapters(m)[name.removesuffix(".weight")] for m in taught.values()]
+        A, B = (sum(getattr(a, factor) for a in layers) / 3 for factor in ("lora_A", "lora_B"))
+        wrong = 2 * B @ A
+        assert torch.allclose(made["mean of A, of B"][name], wrong, atol=1e-12)
+        off += float(((wrong - sum(parts) / 3) ** 2).sum().detach())
+        whole += float(((sum(parts) / 3) ** 2).sum())
+    assert found["distance"] == pytest.approx(100 * (off / whole) ** 0.5)
+    for name, vector in made.items():
+        model = peft.add(base, vector)
+        for task, (X, y) in tests.items():
+            model.head = taught[task].head
+            assert found[f"{name}/{task}"] == 100 * training.evaluate(model, X, y).accuracy
 
 
-def test_l2_sp_stays_nearer_to_its_start(base):
-    rows = samples(0, "turned", per_class=2)["few"]
-    ways = {}
-    for name in ("full fine-tuning, 17,920", "L2-SP, 17,920"):
-        model = prepare(base, part3.CONFIGURATIONS[name])
-        list(part3.learn(model, rows, lr=3e-3, marks=[20], name=name))
-        start = dict(base.named_parameters())
-        ways[name] = sum(
-            float(((p - start[k]) ** 2).sum().detach()) for k, p in model.named_parameters()
+def test_a_mixed_batch_on_the_encoder_is_as_row_by_row(apart):
+    base, taught, tests = apart
+    mixed = peft.MixedBatch(base.encoder, {task: m.encoder for task, m in taught.items()})
+    parts = [{k: t[:5] for k, t in tests[task][0].items()} for task in TASKS]
+    X = part3_adapters._joined(part3_adapters._joined(*parts[:2]), parts[2])
+    owners = [task for task in TASKS for _ in range(5)]
+    order = torch.randperm(15, generator=torch.Generator().manual_seed(0)).tolist()
+    names = [owners[i] for i in order]
+    together = mixed(X["ids"][order], names, mask=X["mask"][order])
+    for i, task, row in zip(order, names, together, strict=True):
+        there = X["mask"][i] == 1
+        alone, other = (
+            taught[name].encoder(X["ids"][[i]], X["mask"][[i]])[0, there]
+            for name in (task, TASKS[TASKS.index(task) - 1])
         )
-    assert ways["L2-SP, 17,920"] < 0.5 * ways["full fine-tuning, 17,920"]
+        assert (alone - row[there]).abs().max() < 1e-10 < (other - row[there]).abs().max()
 
 
-def test_the_front_is_what_nothing_beats():
-    points = {"a": (1, 50), "b": (2, 40), "c": (2, 60), "d": (3, 60), "e": (9, 61), "f": (1, 49)}
-    points = {name: (cost, Summary(mean, 0, 0, 99, 9)) for name, (cost, mean) in points.items()}
-    assert part3.pareto_front(points) == ["a", "c", "e"]
+def test_what_is_below_the_blocks_that_learn_is_shared_and_stays(apart):
+    base, taught, _ = apart
+    for model in taught.values():
+        assert model.encoder.embed is base.encoder.embed
+        assert model.encoder.blocks[3] is base.encoder.blocks[3]
+        assert model.encoder.blocks[4] is not base.encoder.blocks[4]
+    assert not peft.adapters(base)
 
 
-def test_scores_are_those_of_the_adapted_model_on_both_domains(base):
-    settings = {"linear probing": (1e-2, 4), "from scratch, 17,920": (1e-3, 2)}
-    found = part3.compare_budgets(0, target="turned", settings=settings, per_class=2)
-    again = part3.compare_budgets(0, target="turned", settings=settings, per_class=2)
-    assert found == again
-    tuning = {"target": "turned", "settings": settings, "score_on": "validation"}
-    tried = part3.compare_budgets(0, **tuning, per_class=2)
-    assert tried.keys() == settings.keys() | {"margin"}
-    rows = samples(0, "turned", per_class=2)
-    with reproducible(0):
-        fresh = TinyTransformer()
-    for (name, (lr, steps)), start in zip(settings.items(), (base, fresh), strict=True):
-        model = prepare(start, part3.CONFIGURATIONS[name], seed=0)
-        list(part3.learn(model, rows["few"], lr=lr, marks=[steps]))
-        splits = ("test", "source test", "validation")
-        scores = [100 * evaluate(model, *rows[split]).accuracy for split in splits]
-        assert [found[name], found[f"{name}/source"], tried[name]] == scores
-    before = evaluate(base, *rows["source test"]).accuracy
-    assert found["not adapted/source"] == 100 * before != found["from scratch, 17,920/source"]
+def test_each_code_has_the_smaller_error_on_its_own_distribution(folder, double):
+    error = {name: part3_adapters.rounding_error(name, folder=folder) for name in ("NF4", "int4")}
+    assert error["int4"] < error["NF4"]  # torch draws linear layers uniformly
+    assert part3_adapters.rounding_error("full precision", folder=folder) == 0
+    real = {name: part3_adapters.rounding_error(name) for name in ("NF4", "int4")}
+    assert real == pytest.approx({"NF4": 9.4, "int4": 11.5}, abs=0.05)
 
 
-def test_settings_are_chosen_on_validation_images_alone(monkeypatch):
-    seen = []
+def test_errors_are_those_of_rounding_each_matrix(folder, double):
+    full = part1.start("headlines", folder)[0]
+    weights = {n: m.weight for n, m in full.named_modules() if type(m) is nn.Linear}
+    assert len(weights) == 36
+    near = {n: peft.dequantize(peft.quantize(W, code="int4")) for n, W in weights.items()}
+    off = sum(float(((near[n] - W) ** 2).sum()) for n, W in weights.items())
+    whole = sum(float((W**2).sum()) for W in weights.values())
+    expected = 100 * (off / whole) ** 0.5
+    assert part3_adapters.rounding_error("int4", folder=folder) == pytest.approx(expected)
 
-    def found(run, seeds, workers):
-        seen.append(run.keywords)
-        return GOOD
 
-    monkeypatch.setattr(tuning, "run_seeds", found)
-    GOOD = {
-        f"{name}, {lr:g}, {n}": np.array([50.0, 52.0])
-        for name, marks in {"LoRA, 192": (4, 8), "linear probing": (2, 10, 50, 100)}.items()
-        for lr in part3.rates_for(name)
-        for n in marks
+def test_loftq_starts_nearer_where_it_puts_a_lora_and_is_nf4_elsewhere(folder):
+    error = partial(part3_adapters.rounding_error, folder=folder)
+    assert 0 < error("LoftQ", adapted=True) < 0.9 * error("NF4", adapted=True)
+    loftq, nf4 = (part3_adapters.base_of(name, folder) for name in ("LoftQ", "NF4"))
+    found = peft.adapters(loftq)
+    assert [*found] == part2.within(nf4, ["q_proj", "v_proj"], part2.TOP)
+    for name, there in nf4.named_modules():
+        if isinstance(there, peft.QuantizedLinear) and name not in found:
+            assert torch.equal(there.weight, loftq.get_submodule(name).weight)
+
+
+def test_retrieval_is_scored_on_the_base_in_its_own_precision(folder, double):
+    rows = {
+        name: part3_adapters.retrieval(name, pairs=3, folder=folder) for name in ("NF4", "int4")
     }
-    GOOD["LoRA, 192, 0.01, 4"] = GOOD["LoRA, 192, 0.03, 4"] = np.array([60.0, 62.0])
-    GOOD["margin"] = np.array([1.0, 2.0])
-    steps = {"LoRA, 192": 8, "linear probing": 100}
-    chosen, margins = part3.choose_settings("turned", [1, 2], steps=steps, per_class=2)
-    # of equals, the lower rate and the fewer steps
-    assert chosen == {"LoRA, 192": (1e-2, 4), "linear probing": (3e-3, 2)}
-    grid = {"LoRA, 192": (part3.RATES[3:], [4, 8])}
-    grid["linear probing"] = part3.RATES[2:5], [2, 10, 50, 100]
-    options = {"target": "turned", "settings": grid, "score_on": "validation", "per_class": 2}
-    assert margins.tolist() == [1.0, 2.0] and seen == [options]
-    chosen, margins = part3.choose_settings("turned", [], steps={"LoRA, 192": 8})
-    assert chosen == {"LoRA, 192": (3e-2, 8)} and margins == [] and len(seen) == 1
+    assert {score.n for score in rows.values()} == {15}
+    assert rows["NF4"].loss != rows["int4"].loss
+    full = part3_adapters.retrieval("full precision", pairs=12, folder=folder)
+    assert full.n == len(part1.pairs(folder)[0].flatten())
 
 
-def test_several_settings_are_scored_as_one_by_one(base):
-    name, tuning = "LoRA, 1,792", {"target": "turned", "score_on": "validation", "per_class": 2}
-    many = part3.compare_budgets(0, settings={name: ((1e-2, 1e-3), (2, 5))}, **tuning)
-    tried = [(1e-2, 2), (1e-2, 5), (1e-3, 2), (1e-3, 5)]
-    assert list(many) == [*(f"{name}, {lr:g}, {n}" for lr, n in tried), "margin"]
-    for lr in (1e-2, 1e-3):
-        one = part3.compare_budgets(0, settings={name: (lr, 5)}, **tuning)
-        assert one[name] == many[f"{name}, {lr:g}, 5"]
-
-
-def test_rates_are_neighbours_and_the_more_moves_the_lower_they_are():
-    every = part3.CONFIGURATIONS | part3.FOUR_BIT
-    for name in every:
-        rates = part3.rates_for(name)
-        start = part3.RATES.index(rates[0])
-        assert rates == part3.RATES[start : start + len(rates)] and len(rates) >= 3
-    lowest = {name: part3.rates_for(name)[0] for name in every}
-    assert lowest["full fine-tuning, 17,920"] < lowest["LoRA, 1,792"] < lowest["LoRA, 192"]
-    assert {lowest[name] for name in part3.FOUR_BIT} == {lowest["LoRA, 1,792"]}
-
-
-def test_an_adapter_each_forgets_nothing_and_one_set_of_weights_is_one_model():
-    rates = {"LoRA": 1e-2, "full fine-tuning": 3e-3}
-    tasks = ("faint", "turned")
-    found = part3_adapters.learn_in_turn(0, rates=rates, tasks=tasks, steps=8, per_class=3)
-    for j in range(3):
-        column = [found[f"a LoRA each/{i}/{j}"] for i in range(3)]
-        assert column[j:] == [column[j]] * (3 - j)  # once learned it stays
-        starts = {found[f"{way}/0/{j}"] for way in ("one set of weights", "one LoRA")}
-        assert starts == {column[0]}  # all ways start from the pre-trained model
-    assert found["a LoRA each/1/1"] == found["one LoRA/1/1"]  # the first task's is the same LoRA
-    alone = part3_adapters.learn_in_turn(0, rates=rates, tasks=("turned",), steps=8, per_class=3)
-    assert found["a LoRA each/2/2"] == alone["a LoRA each/1/1"]  # it starts anew
-    assert found["one LoRA/2/2"] not in (found["one LoRA/0/2"], alone["one LoRA/1/1"])
-
-
-def test_before_the_first_task_the_pre_trained_model_is_scored_on_test_images(base):
-    found = part3_adapters.learn_in_turn(
-        0, rates={"LoRA": 1e-2, "full fine-tuning": 3e-3}, tasks=("faint",), steps=1, per_class=1
+def test_four_bit_trains_on_the_quantised_base_and_leaves_it(folder, monkeypatch):
+    before = copy.deepcopy(part3_adapters.base_of("LoftQ", folder).state_dict())
+    seen, kept = [], part2.Train.fit
+    monkeypatch.setattr(
+        part2.Train, "fit", lambda self, m, *a, **k: seen.append(m) or kept(self, m, *a, **k)
     )
-    rows = samples(0, "faint")
-    for j, split in enumerate(("source test", "test")):
-        assert found[f"one LoRA/0/{j}"] == 100 * evaluate(base, *rows[split]).accuracy
-
-
-def test_combinations_are_scored_and_what_averaging_factors_misses_is_measured(base):
-    found = part3_adapters.combine_adapters(
-        0, lr=1e-2, tasks=("faint", "turned"), steps=5, per_class=2
-    )
-    rows = {task: samples(0, task, per_class=2) for task in ("faint", "turned")}
-    faint, turned = (
-        lora(base, part["few"], seed=stream(0, f"adapter {i}"))
-        for i, part in enumerate(rows.values())
-    )
-    deltas = [arithmetic.delta_weights(model) for model in (faint, turned)]
-    mean = {k: (deltas[0][k] + deltas[1][k]) / 2 for k in deltas[0]}
-    pairs = zip(*(surgery.adapters(model).values() for model in (faint, turned)), strict=True)
-    wrong = {  # s = 2, from halves of two sums
-        k: 2 / 4 * (a.lora_B + b.lora_B) @ (a.lora_A + b.lora_A)
-        for k, (a, b) in zip(mean, pairs, strict=True)
+    found = part3_adapters.four_bit(0, lr=0.1, folder=folder)
+    assert found.keys() - {"margin"} == {
+        *("LoRA", "QLoRA", "LoftQ"),
+        *(f"linear probing, {base}" for base in ("full precision", "NF4", "LoftQ")),
     }
-    models = {
-        "base": base,
-        "adapter of faint": faint,
-        "adapter of turned": turned,
-        "sum": arithmetic.add(arithmetic.add(base, deltas[0]), deltas[1]),
-        "mean": arithmetic.add(base, mean),
-        "mean of A, of B": arithmetic.add(base, wrong),
-        "TIES": arithmetic.add(base, arithmetic.ties(deltas)),
+    loftq = seen[-1]
+    assert [sum(type(m) is peft.QuantizedLinear for m in s.modules()) for s in seen] == [0, 36, 36]
+    for model in seen:
+        trained = {n for n, p in model.named_parameters() if p.requires_grad}
+        assert trained == {n for n in trained if ".lora_" in n} | {"head.weight", "head.bias"}
+        assert len(trained) == 2 * 4 + 2
+    after = part3_adapters.base_of("LoftQ", folder).state_dict()
+    assert all(torch.equal(t, after[name]) for name, t in before.items())
+    moved = loftq.encoder.state_dict()
+    assert {n for n, t in before.items() if not torch.equal(t, moved[n])} == {
+        n for n in before if ".lora_" in n
     }
-    tests = {"source": rows["faint"]["source test"]} | {t: rows[t]["test"] for t in rows}
-    for name, model in models.items():
-        for domain, test in tests.items():
-            assert found[f"{name}/{domain}"] == 100 * evaluate(model, *test).accuracy
-    off = norm(wrong[k] - mean[k] for k in mean)
-    assert found["distance"] == pytest.approx(100 * off / norm(mean.values()))
-    assert 10 < found["distance"] < 100  # two random A have little in common
 
 
-def test_what_is_subtracted_was_learned_from_source_images_of_the_digit(base):
-    found = part3_adapters.forget_digit(3, lr=1e-2, scales=(0.5, 1.0), steps=5, per_class=5)
-    rows = samples(3, "turned")
-    X, y = rows["source"]
-    delta = arithmetic.delta_weights(lora(base, (X[y == 3][:5], y[y == 3][:5]), seed=3))
-    X, y = rows["source test"]
-    for scale in (0, 0.5, 1):
-        less = arithmetic.add(base, delta, scale=-scale)
-        for part, on in {"digit": y == 3, "others": y != 3}.items():
-            assert found[f"{scale:g}/{part}"] == 100 * evaluate(less, X[on], y[on]).accuracy
-    assert found["1/digit"] < found["0/digit"]
+def test_on_the_full_base_it_is_part_2s_lora(folder):
+    found = part3_adapters.four_bit(3, lr=0.5, folder=folder)
+    page = part2.page(3, texts="headlines", rates={"LoRA": 0.5}, told=0, folder=folder)
+    names = {"LoRA": "LoRA", "linear probing, full precision": "linear probing"}
+    assert {ours: found[ours] for ours in names} == {o: page[name] for o, name in names.items()}
+    assert found["LoRA"] not in (found["linear probing, full precision"], found["QLoRA"])
 
 
-def test_loftq_starts_nearer_to_the_weights_than_codes_alone():
-    found = part3_adapters.quantization_cost(0)
-    assert 0 < found["LoftQ, NF4/error"] < 0.9 * found["NF4/error"]
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_techniques_of_one_budget_train_about_as_many_parameters(budget):
+    encoder = models.Encoder(vocab=30, d=384, n_layers=6, n_heads=12, d_ff=1536, positions=8)
+    assert len(BUDGETS[budget]) >= 3
+    for name, way in BUDGETS[budget].items():
+        model = models.TextClassifier(copy.deepcopy(encoder), 5)
+        training.freeze(model)
+        way(model, torch.Generator().manual_seed(0))
+        names = [n for n, p in model.named_parameters() if p.requires_grad]
+        assert all(n.startswith(("encoder.blocks.4.", "encoder.blocks.5.")) for n in names), name
+        n = training.count_parameters(model).trainable
+        assert abs(n - budget) <= 0.15 * budget, f"{name}: {n:,}"
 
 
-def test_each_code_costs_what_rounding_the_weights_to_it_costs(base):
-    found, weights = part3_adapters.quantization_cost(0), linear_weights(base)
-    for name in ("NF4", "int4"):
-        near = {k: dequantize(quantize(W, code=name.lower())) for k, W in weights.items()}
-        error = 100 * norm(near[k] - W for k, W in weights.items()) / norm(weights.values())
-        assert found[f"{name}/error"] == pytest.approx(error)
-        start = linear_weights(prepare(base, part3.FOUR_BIT[f"QLoRA, {name}"]))
-        assert all(torch.allclose(start[k], near[k]) for k in weights)
-    test = samples(0, "turned")["source test"]
-    assert found["full precision/accuracy"] == 100 * evaluate(base, *test).accuracy
+def test_every_cell_has_two_rates_and_the_more_it_trains_the_lower_they_are():
+    assert RATES.keys() == CELLS.keys() and all(len(rates) == 2 for rates in RATES.values())
+    for sizes in ("3,072", "24,576"), ("24,576", "294,912"):
+        for name in ("LoRA", "OFT", "adapters", "prefix tuning"):
+            pair = [RATES[f"{name}, {size}"] for size in sizes if f"{name}, {size}" in RATES]
+            assert len(pair) < 2 or all(a > b for a, b in zip(*pair, strict=True))
 
 
-@pytest.mark.parametrize("name", part3.FOUR_BIT)
-def test_four_bit_ways_train_as_many_parameters_as_lora(name, base):
-    model = prepare(base, part3.FOUR_BIT[name])
-    assert count_parameters(model).trainable == 1_792 + 330
-    unfreeze(model)
-    assert count_parameters(model).trainable < 8_000  # codes are no parameters
+def test_all_cells_get_the_operations_of_loras_steps(folder, monkeypatch):
+    monkeypatch.setattr(part3, "CELLS", {name: CELLS[name] for name in FIT})
+    for steps in (12, 30):
+        found = part3.costs(steps=steps, folder=folder)
+        assert list(found) == FIT and found[LORA].steps == steps
+        most = steps * found[LORA].operations
+        for name, cost in found.items():
+            assert abs(cost.steps * cost.operations - most) <= 0.1 * most, name
+    d = part1.start("headlines", folder)[0].d
+    assert found[LORA].trained == 2 * 2 * 8 * 2 * d  # besides the head
+    assert found["v alone, whole, 294,912"].trained == 2 * d * (d + 1)
+
+
+@pytest.mark.parametrize("n, steps, batch", [(40, 12, 16), (48, 3, 8), (5, 2, 16)])
+def test_rows_come_equally_often_and_steps_are_counted(n, steps, batch, monkeypatch, double):
+    seen, kept = [], training.fit
+    monkeypatch.setattr(training, "fit", lambda m, X, y, **k: seen.append(y) or kept(m, X, y, **k))
+    counted, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda *a: counted.append(1) or step(*a))
+    X, y = {"x": torch.randn(n, 4)}, torch.arange(n)
+
+    class Named(nn.Linear):
+        def forward(self, x):
+            return super().forward(x)
+
+    part3.learn(Named(4, n), X, y, lr=1e-3, steps=steps, batch=batch)
+    often = seen[0].bincount(minlength=n)
+    assert len(counted) == steps and len(seen[0]) == steps * batch
+    assert often.max() - often.min() <= 1
+
+
+def test_equal_budgets_are_scored_as_trained_one_by_one(folder):
+    steps = dict.fromkeys(FIT, 2)
+    many = part3.equal_budgets(0, rates=DOUBLED, steps=steps, folder=folder)
+    assert many.keys() == {*FIT, "linear probing", "margin"}
+    for name in (LORA, "v alone, whole, 294,912"):
+        one = part3.equal_budgets(0, rates={name: DOUBLED[name]}, steps=steps, folder=folder)
+        assert one[name] == many[name] and one["linear probing"] == many["linear probing"]
+    longer = part3.equal_budgets(0, rates=DOUBLED, steps=dict.fromkeys(FIT, 9), folder=folder)
+    assert longer["linear probing"] == many["linear probing"]
+    assert any(longer[name] != many[name] for name in FIT)
+
+
+def test_rates_are_chosen_on_rows_that_nothing_else_scores_or_trains_on(folder, monkeypatch):
+    traced, steps, rates = Traced(monkeypatch), dict.fromkeys(FIT, 1), {LORA: (1e-3, 1e-1)}
+    chosen, margin = part3.choose_rates([7, 8], steps=steps, rates=rates, workers=1, folder=folder)
+    assert chosen.keys() == rates.keys() and len(margin) == 2
+    tuned = traced.trained | traced.scored
+    assert len(tuned) > 100 and traced.unknown == traced.named  # by names, without labels
+    for seen in (traced.trained, traced.scored):
+        seen.clear()
+    for seed in range(3):
+        part3.equal_budgets(seed, rates=DOUBLED, steps=steps, folder=folder)
+    assert len(traced.scored) > 100 and not tuned & (traced.trained | traced.scored)
+
+
+@pytest.mark.parametrize("name", ["four bits", "budgets"])
+def test_seeds_give_the_same_numbers_in_any_process(name, folder):
+    study = {
+        "four bits": partial(part3_adapters.four_bit, folder=folder),
+        "budgets": partial(
+            part3.equal_budgets, rates=DOUBLED, steps=dict.fromkeys(FIT, 1), folder=folder
+        ),
+    }[name]
+    here, there = (run_seeds(study, [3, 4], workers=workers) for workers in (1, 2))
+    assert here.keys() == there.keys()
+    assert all((here[key] == there[key]).all() for key in here)
+    assert any(here[key][0] != here[key][1] for key in here if key != "margin")

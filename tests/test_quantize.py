@@ -11,7 +11,7 @@ from torch import nn
 from torch.autograd import grad
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from helpers.models import MLP, TinyTransformer
+from helpers.models import MLP
 from helpers.peft import (
     CODEBOOKS,
     QuantizedLinear,
@@ -32,6 +32,7 @@ from helpers.peft import (
 )
 from helpers.study import reproducible
 from helpers.training import activation_bytes, freeze, stored_bytes, unfreeze
+from tests.small import TinyTransformer
 
 PUBLISHED = [  # QLoRA, appendix E
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),

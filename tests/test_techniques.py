@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from helpers import data, models, peft, training
-from helpers.models import Encoder, TinyTransformer
+from helpers.models import Encoder
 from helpers.peft import inject
 from helpers.study import part1, part2, reproducible, spectrum
 from helpers.study.part2 import FIRST_PLACE, HEAD_RATE, LINEAR, PLACES, RATES, TECHNIQUES
@@ -23,7 +23,7 @@ from helpers.training import (
     strategies,
     unfreeze,
 )
-from tests.small import SIZES, Traced
+from tests.small import SIZES, TinyTransformer, Traced
 from tests.test_training import copied, moved
 
 D, F, HEAD = SIZES["d"], SIZES["d_ff"], 5 * (SIZES["d"] + 1)
@@ -458,13 +458,14 @@ def test_operations_count_attention(tokens, layers):
     product = layers * 2 * 5 * tokens * tokens * 32  # q k', or the weights times v
     whole = 3 * (linear + head) + 2 * embed + (2 + 5) * product
     assert operations(model, X, y) == whole
-    probe = part2.prepare(model, part2.head_only)
-    assert operations(probe, X, y) == linear + embed + 2 * head + 2 * product
+    freeze(model)
+    unfreeze(model.head)
+    assert operations(model, X, y) == linear + embed + 2 * head + 2 * product
     few = part2.technique(peft.inject_prefix, "attention", num_virtual_tokens=4)
-    prefix = part2.prepare(model, few)
-    freeze(prefix.blocks)
+    few(model, torch.Generator())
+    freeze(model.blocks)
     longer = 2 * product * (tokens + 4) // tokens
-    assert operations(prefix, X, y) == linear + embed + 2 * head + longer
+    assert operations(model, X, y) == linear + embed + 2 * head + longer
 
 
 def test_activation_bytes_are_exact_on_two_layers_and_none_below_a_probe():
@@ -479,7 +480,9 @@ def test_activation_bytes_are_exact_on_two_layers_and_none_below_a_probe():
     model = nn.Sequential(nn.Unflatten(1, (3, 2)), nn.Linear(2, 5).double(), nn.Flatten())
     assert costs.activation_bytes(model, X, y) == 7 * 15 * 8 + 8  # nor a view of it
     with reproducible(0):
-        probe = part2.prepare(TinyTransformer(), part2.head_only)
+        probe = TinyTransformer()
+        freeze(probe)
+        unfreeze(probe.head)
         rows = torch.randn(9, 64), torch.arange(9)
     assert costs.activation_bytes(probe, *rows) == 9 * 32 * 8 + 9 * 10 * 8 + 8
 

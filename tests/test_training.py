@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW
 from torch.utils.checkpoint import checkpoint
 
-from helpers.models import MLP, TinyTransformer
+from helpers.models import MLP
 from helpers.peft import adapters_disabled, inject_lora, inject_prompt
 from helpers.study import reproducible
 from helpers.training import (
@@ -27,6 +27,7 @@ from helpers.training import (
     train,
     unfreeze,
 )
+from tests.small import TinyTransformer
 
 
 @pytest.fixture(autouse=True)

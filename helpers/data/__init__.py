@@ -1,4 +1,4 @@
-"""Rows to learn from: checks, the published task, digits under shifts, your own embeddings."""
+"""Rows to learn from: checks, the published task, texts, your own embeddings."""
 
 # fmt: off
 from helpers.data.embeddings import Rows, check_arrays, load_rows
@@ -6,7 +6,7 @@ from helpers.data.rows import (
     Task, as_rows, check_classes, check_parameters, check_rows, check_texts, check_whole,
     encode_labels
 )
-from helpers.data.tasks import digits, few_per_class, published_task, shift_digits, shifted_domain
+from helpers.data.tasks import few_per_class, published_task, shifted_domain
 from helpers.data.texts import (
     Texts, are_words, articles, documentation, draw, headlines, read_texts
 )

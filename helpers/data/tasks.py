@@ -1,9 +1,8 @@
-"""Tasks: the published synthetic one, and digits under controlled shifts."""
+"""The published synthetic task, and rows drawn by class."""
 
 import numpy as np
 import torch
-from scipy import ndimage
-from sklearn.datasets import load_digits, make_classification
+from sklearn.datasets import make_classification
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 
@@ -93,83 +92,6 @@ def shifted_domain(X, y, *, scale, rng):
     """
     noisy = X.numpy() + rng.normal(0, scale, X.shape)
     return _tensors(StandardScaler().fit_transform(noisy), y)
-
-
-def digits(rng, sizes, *, classes=range(10)):
-    """Draw disjoint, stratified samples of scikit-learn's 1,797 handwritten digits.
-
-    Parameters
-    ----------
-    rng : numpy.random.Generator
-    sizes : sequence of int
-        Rows of each sample.
-    classes : sequence of int, default=range(10)
-        Digits to keep; they are relabelled 0..C-1 in this order.
-
-    Returns
-    -------
-    list of (X, y)
-        X of shape (n, 64): 8 x 8 pixels from 0 (paper) to 1 (ink), row by row.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer rows than asked for.
-    """
-    X, y = load_digits(return_X_y=True)
-    classes = list(classes)
-    kept = np.isin(y, classes)
-    X, y = X[kept] / 16, np.array([classes.index(label) for label in y[kept]])
-    if sum(sizes) > len(y):
-        raise ValueError(f"{sum(sizes)} rows were asked for: classes {classes} have {len(y)}")
-    samples, rest = [], rng.permutation(len(y))
-    for n in sizes:
-        left = len(rest) - n
-        if left >= len(classes):
-            seed = int(rng.integers(2**31))
-            rows, rest = train_test_split(
-                rest, train_size=n, test_size=left, stratify=y[rest], random_state=seed
-            )
-        else:
-            rows, rest = rest[:n], rest[n:]
-        samples.append(_tensors(X[rows], y[rows]))
-    return samples
-
-
-def shift_digits(X, kind, *, strength, rng):
-    """Return digits under a covariate shift: the pixels change, the labels stay true.
-
-    Parameters
-    ----------
-    X : Tensor of shape (n, 64)
-        Pixels from 0 to 1.
-    kind : {"none", "rotation", "noise", "contrast", "inversion"}
-        Rotation by `strength` degrees counter-clockwise; normal noise of standard deviation
-        `strength`; contrast scaled by `strength` around 0.5; ink and paper exchanged.
-    strength : float
-        Ignored by "none" and "inversion".
-    rng : numpy.random.Generator
-        Of the noise.
-
-    Returns
-    -------
-    Tensor of shape (n, 64)
-    """
-    pixels = X.double().numpy()
-    if kind == "rotation":
-        images = pixels.reshape(-1, 8, 8)
-        pixels = ndimage.rotate(images, strength, axes=(2, 1), reshape=False, order=1)
-    elif kind == "noise":
-        pixels = pixels + rng.normal(0, strength, pixels.shape)
-    elif kind == "contrast":
-        pixels = 0.5 + strength * (pixels - 0.5)
-    elif kind == "inversion":
-        pixels = 1 - pixels
-    elif kind != "none":
-        raise ValueError(
-            f'kind = {kind!r} must be "none", "rotation", "noise", "contrast" or "inversion"'
-        )
-    return torch.as_tensor(pixels.reshape(X.shape).round(10), dtype=X.dtype)
 
 
 def few_per_class(y, k, rng):

@@ -8,4 +8,3 @@ from helpers.models.encoder import (
 from helpers.models.mlp import MLP
 from helpers.models.pretrained import positions, pretrained
 from helpers.models.stages import stages, with_fresh_head
-from helpers.models.transformer import Block, PatchEmbedding, TinyTransformer

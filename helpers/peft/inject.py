@@ -191,7 +191,7 @@ def inject_prompt(model, targets, *, num_virtual_tokens=8, std=0.02, generator=N
     """Put trained vectors before the sequence that an embedding hands to the model.
 
     The model must take the longer sequence and read its result off the original tokens, as
-    `helpers.models.Encoder` and `helpers.models.TinyTransformer` do from their ``embed``.
+    `helpers.models.Encoder` does from its ``embed``.
 
     Parameters
     ----------

@@ -9,7 +9,7 @@ import torch
 
 from helpers import data, models, peft, training
 from helpers.study import part1
-from helpers.study.seeds import reproducible, stream
+from helpers.study.seeds import reproducible
 from helpers.study.tuning import best, columns, try_settings
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
@@ -21,15 +21,6 @@ LABELS = 8  # of each topic
 C = part1.PROBE_C  # of linear probing, which every technique starts from
 
 HEAD_RATE = 1e-3
-
-
-def everything(model, generator=None):
-    """Train all of the model: a technique without new parameters."""
-    training.unfreeze(model)
-
-
-def head_only(model, generator=None):
-    """Train the head alone, which `prepare` unfreezes: linear probing."""
 
 
 def technique(function, *targets, blocks=None, **options):
@@ -63,9 +54,6 @@ def within(model, targets, blocks):
 def lora(*targets, r=8, function=peft.inject_lora, **options):
     """Return LoRA of rank `r` on `targets` as an entry of a table, with alpha = 2 r."""
     return technique(function, *targets, r=r, lora_alpha=2 * r, **options)
-
-
-adapter = partial(technique, peft.inject_adapter)
 
 
 in_top = partial(technique, blocks=TOP)
@@ -116,18 +104,6 @@ PLACES = {
     "alpha = 4": in_top(peft.inject_lora, "q_proj", "v_proj", r=8, lora_alpha=4),
     "alpha = 64": in_top(peft.inject_lora, "q_proj", "v_proj", r=8, lora_alpha=64),
 }
-
-
-def prepare(model, technique, *, seed=0):
-    """Return a copy of `model` in which `technique` and the head are trainable, nothing else.
-
-    ``technique(model, generator)`` is an entry of `TECHNIQUES`; its new parameters follow `seed`.
-    """
-    model = copy.deepcopy(model)
-    training.freeze(model)
-    technique(model, torch.Generator().manual_seed(stream(seed, "technique")))
-    training.unfreeze(model.head)
-    return model
 
 
 class Train:

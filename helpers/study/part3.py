@@ -1,228 +1,149 @@
-"""Part 3's studies of equal budgets: of trained parameters, and of compute."""
+"""Part 3's study of equal budgets: of trained parameters, and of compute."""
 
 import math
 from typing import NamedTuple
 
 import torch
-from torch.optim import Adam
 
-from helpers import models, peft, training
-from helpers.study import digits, part2
-from helpers.study.seeds import percent, reproducible
+from helpers import peft, training
+from helpers.study import part1, part2
+from helpers.study.seeds import stream
 from helpers.study.tuning import best, columns, try_settings
 
-ENOUGH = 2_000  # steps of linear probing, after which its accuracy hardly changes
+STEPS = 12  # of LoRA on q and v; every other technique gets as many as cost the same
 
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # learning rates; `rates_for` says whose are which
+BATCH = 16  # rows of a step
 
-ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
+LORA = "LoRA, 24,576"  # Part 2's, whose operations are everyone's budget of compute
 
 
-# Techniques of (nearly) the same number of trainable parameters, the head's 330 not counted
+def whole(*targets):
+    """Return a technique that trains some matrices of the top two blocks, biases included."""
+
+    def _unfreeze(model, generator=None):
+        names = part2.within(model, targets, part2.TOP)
+        training.unfreeze(*map(model.get_submodule, names))
+
+    _unfreeze.first = part2.TOP[0]
+    return _unfreeze
+
+
+# Of each budget, besides the head, the techniques that have a setting of about this size in the
+# encoder's top two blocks
 BUDGETS = {
-    192: {
-        "LoRA": part2.lora("fc2", r=1),
-        "DoRA": part2.lora("v_proj", r=1, function=peft.inject_dora),
-        "VeRA": part2.technique(peft.inject_vera, "fc2", r=64),
-        "OFT": part2.technique(peft.inject_oft, *ATTENTION, "fc2", block_size=2),
-        "BitFit": part2.technique(peft.inject_bitfit, "fc1", "fc2"),
-        "LayerNorm tuning": part2.technique(peft.inject_layer_norm, "norm2", "norm"),
-        "(IA)3": part2.technique(peft.inject_ia3, "v_proj", feedforward=["fc2"]),
-        "adapters": part2.adapter("fc2", reduction_factor=32),
-        "prefix tuning": part2.technique(peft.inject_prefix, "attention", num_virtual_tokens=1),
-        "prompt tuning": part2.technique(peft.inject_prompt, "embed", num_virtual_tokens=6),
+    3_072: {
+        "LoRA": part2.PLACES["r = 1; alpha = 2"],
+        "OFT": part2.in_top(peft.inject_oft, *part2.LINEAR[:4], block_size=3),
+        "VeRA": part2.in_top(peft.inject_vera, "q_proj", "v_proj", r=384),
+        "BitFit": part2.in_top(peft.inject_bitfit, "q_proj", "v_proj", "out_proj", "fc2"),
+        "prefix tuning": part2.in_top(peft.inject_prefix, "attention", num_virtual_tokens=2),
     },
-    1_792: {
-        "LoRA": part2.lora(*part2.LINEAR, r=2),
-        "PiSSA": part2.lora(*part2.LINEAR, r=2, init="pissa"),
-        "DoRA": part2.lora(*ATTENTION, r=3, function=peft.inject_dora),
-        "VeRA": part2.technique(peft.inject_vera, *part2.LINEAR, r=112),
-        "OFT": part2.technique(peft.inject_oft, *part2.LINEAR, block_size=8),
-        "adapters": part2.adapter("fc2", reduction_factor=2.45),
-        "prefix tuning": part2.technique(peft.inject_prefix, "attention", num_virtual_tokens=14),
+    24_576: {
+        "LoRA": part2.TECHNIQUES["LoRA"],
+        "OFT": part2.in_top(peft.inject_oft, "q_proj", "v_proj", block_size=32),
+        "adapters": part2.in_top(peft.inject_adapter, "out_proj", "fc2", reduction_factor=48),
+        "prefix tuning": part2.in_top(peft.inject_prefix, "attention", num_virtual_tokens=16),
     },
-    17_920: {
-        "LoRA": part2.lora(*part2.LINEAR, r=20),
-        "DoRA": part2.lora(*part2.LINEAR, r=19, function=peft.inject_dora),
-        "adapters": part2.adapter("fc2", reduction_factor=0.2327),
-        **dict.fromkeys(("full fine-tuning", "LP-FT", "L2-SP", "from scratch"), part2.everything),
+    294_912: {
+        "LoRA": part2.lora("q_proj", "v_proj", r=96, blocks=part2.TOP),
+        "adapters": part2.in_top(peft.inject_adapter, "out_proj", "fc2", reduction_factor=4),
+        "v alone, whole": whole("v_proj"),
     },
 }
 
-CONFIGURATIONS = {"linear probing": part2.head_only} | {
-    f"{name}, {budget:,}": way for budget, ways in BUDGETS.items() for name, way in ways.items()
+CELLS = {f"{name}, {size:,}": way for size, ways in BUDGETS.items() for name, way in ways.items()}
+
+RATES = {  # of each, two to choose from: the more is trained, the lower
+    "LoRA, 3,072": (3e-3, 1e-2),
+    "OFT, 3,072": (1e-2, 3e-2),
+    "VeRA, 3,072": (3e-2, 1e-1),
+    "BitFit, 3,072": (3e-3, 1e-2),
+    "prefix tuning, 3,072": (1e-1, 3e-1),
+    LORA: (1e-3, 3e-3),
+    "OFT, 24,576": (3e-3, 1e-2),
+    "adapters, 24,576": (1e-3, 3e-3),
+    "prefix tuning, 24,576": (3e-2, 1e-1),
+    "LoRA, 294,912": (3e-4, 1e-3),
+    "adapters, 294,912": (3e-4, 1e-3),
+    "v alone, whole, 294,912": (1e-4, 3e-4),
 }
-
-# What is compared from one label of each class to 50
-BY_LABELS = [f"{name}, 17,920" for name in ("from scratch", "full fine-tuning", "LP-FT")]
-BY_LABELS += ["LoRA, 1,792", "linear probing"]
-
-
-def on_codes(code, *, r=2):
-    """Return QLoRA as an entry of a table: the base is quantised, then LoRA is added to it."""
-
-    def _inject(model, generator=None):
-        peft.quantize_layers(model, part2.LINEAR, code=code)
-        peft.inject_lora(model, part2.LINEAR, r=r, lora_alpha=2 * r, generator=generator)
-
-    return _inject
-
-
-FOUR_BIT = {  # of the same rank as "LoRA, 1,792"
-    "QLoRA, NF4": on_codes("nf4"),
-    "QLoRA, int4": on_codes("int4"),
-    "LoftQ, NF4": part2.technique(peft.inject_loftq, *part2.LINEAR, r=2, lora_alpha=4),
-}
-
-
-def rates_for(name):
-    """Return the learning rates that one of `CONFIGURATIONS` or `FOUR_BIT` chooses from.
-
-    They are three neighbours of `RATES`, ascending, from a wider search on validation images: none
-    outside was better beyond noise.
-    """
-    way, _, budget = name.partition(", ")
-    if way in ("full fine-tuning", "LP-FT", "L2-SP", "from scratch"):
-        return RATES[:3]
-    if name in ("linear probing", "DoRA, 1,792", "adapters, 17,920"):
-        return RATES[2:5]
-    low_rank = way in ("LoRA", "PiSSA", "DoRA", "QLoRA", "LoftQ") and budget != "192"
-    return RATES[1:4] if low_rank else RATES[3:]
 
 
 class Cost(NamedTuple):
-    """What a configuration costs on one batch.
-
-    `flops` are those of a step, as `helpers.training.operations` counts them; linear probing
-    computes the frozen body's features once, before the first. `memory` is that of a step in
-    float64: weights and buffers, gradients, Adam's state, activations. `steps` are as many as cost
-    what full fine-tuning costs in the epochs asked for, at least 1; linear probing gets `ENOUGH`,
-    since it could have far more.
-    """
+    """What a technique trains besides the head, the operations of a step, and its steps."""
 
     trained: int
-    flops: int
-    memory: int
+    operations: int
     steps: int
 
 
-def costs(*, epochs=40, configurations=CONFIGURATIONS, per_class=10):
-    """Count what each configuration trains, computes and keeps, and its steps at equal compute.
+def costs(*, steps=STEPS, folder=""):
+    """Count what each technique trains, and the steps that cost what `steps` of LoRA do.
 
-    The configuration is varied; fixed are the `epochs` of full fine-tuning and the labelled images
-    of each digit, of which a batch has at most 10. LP-FT's first phase, which on cached features
-    costs less than a step, is left out. Returns a `Cost` for each name.
+    The technique is varied over `CELLS`; a step is on 16 headlines. Returns a `Cost` for each.
     """
-    (X, y), found = digits.samples(0, "turned", per_class=min(per_class, 10))["few"], {}
-    with reproducible(0):
-        base = models.TinyTransformer()
-        full = training.operations(part2.prepare(base, part2.everything), X, y)
-        whole = epochs * math.ceil(per_class / 10) * full
-        for name, way in configurations.items():
-            model = part2.prepare(base, way)
-            counted = training.count_parameters(model)
-            probing, rows = name.startswith("linear probing"), (model, X)
-            if probing:
-                rows = model.head, training.extract_features(model, X)
-            flops = training.operations(*rows, y)
-            parts = training.step_memory(*counted, training.activation_bytes(model, X, y))
-            memory = sum(parts.values()) + sum(b.nbytes for b in model.buffers())
-            if name.startswith("L2-SP"):  # w0, and w - w0, whose square is kept for the backward
-                memory += 16 * counted.trainable
-            steps = ENOUGH if probing else max(whole // flops, 1)
-            found[name] = Cost(counted.trainable, flops, memory, steps)
-    return found
+    rows = part1.costs({"": part1.WAYS["linear probing"]} | CELLS, folder=folder)
+    found = {name: (trained, work) for name, trained, work, _ in rows}
+    head, most = found[""][0], steps * found[LORA][1]
+    return {
+        name: Cost(found[name][0] - head, found[name][1], max(1, round(most / found[name][1])))
+        for name in CELLS
+    }
 
 
-def pareto_front(points):
-    """Return the names that no other beats, none costing as little and scoring higher.
+def learn(model, X, y, *, lr, steps=STEPS, batch=BATCH, seed=0):
+    """Train what is trainable for some steps of `batch` rows; their order follows `seed`.
 
-    `points` are cost, the lower the better, and `Summary` of the score by name; what comes back
-    goes from cheap to dear.
+    Each row comes as often as any other, or once more where they do not share out.
     """
-    front, highest = [], -math.inf
-    for name in sorted(points, key=lambda name: (points[name][0], -points[name][1].mean)):
-        if points[name][1].mean > highest:
-            front.append(name)
-            highest = points[name][1].mean
-    return front
+    order = torch.Generator().manual_seed(stream(seed, "batches"))
+    passes = math.ceil(steps * batch / len(y))
+    rows = torch.cat([torch.randperm(len(y), generator=order) for _ in range(passes)])
+    rows = rows[: steps * batch]
+    options = {"epochs": 1, "batch_size": batch, "generator": order}
+    return training.fit(model, part1.some(X, rows), y[rows], lr=lr, **options)
 
 
-def learn(model, rows, *, lr, marks, name="", seed=0):
-    """Train what is trainable by Adam, and pause at each of `marks`, steps in ascending order.
+class Train(part2.Train):
+    """Train a model by one of `CELLS`, for its number of steps; `steps` are by name."""
 
-    A step takes 100 rows, or all if there are fewer; their order follows `seed`, and training
-    pauses at the end of an epoch. By `name`, linear probing trains on cached features, LP-FT does
-    so before the first step, 40 epochs at 1e-2, and L2-SP adds ||w - w0||^2 / 2 to the loss.
-    Yields each mark that is reached.
+    def __init__(self, steps):
+        super().__init__(CELLS)
+        self.steps = steps
+
+    def fit(self, model, X, y, *, technique, lr):
+        """Train what is trainable."""
+        rates = {"encoder": lr, "head": part2.HEAD_RATE}
+        return learn(model, X, y, lr=rates, steps=self.steps[technique])
+
+
+def equal_budgets(seed, *, rates, steps, texts="headlines", folder=""):
+    """Train each of `rates` on 8 labels of each topic, from linear probing, as long as it may.
+
+    The technique is varied, one of `CELLS`, at its rate and with its `steps`; texts, labels and
+    linear probing are fixed. Returns accuracies in percent, by name; "linear probing"; and
+    "margin".
     """
-    loss = training.cross_entropy
-    if name.startswith("linear probing"):
-        model, rows = model.head, (training.extract_features(model, rows[0]), rows[1])
-    elif name.startswith("LP-FT"):
-        training.linear_probe(model, *rows, epochs=40, lr=1e-2)
-        training.unfreeze(model)
-    elif name.startswith("L2-SP"):
-        loss = training.l2_sp(model, alpha=1.0, fresh="")
-    optimizer = Adam(training.param_groups(model, {"": lr}), fused=True)
-    order = torch.Generator().manual_seed(seed)
-    options = {"optimizer": optimizer, "batch_size": 100, "generator": order, "loss": loss}
-    done, steps = 0, math.ceil(len(rows[0]) / 100)  # of an epoch
-    for mark in marks:
-        epochs = max(round(mark / steps), done + 1)
-        training.train(model, *rows, epochs=epochs - done, **options)
-        done = epochs
-        yield mark
+    plan = {name: (name, part2.LABELS, rate) for name, rate in rates.items()}
+    found = part1.label_curve(seed, **_fixed(texts, plan, steps, folder))
+    probing = found[f"linear probing/{part2.LABELS}"]
+    return {name: found[name] for name in (*plan, "margin")} | {"linear probing": probing}
 
 
-def compare_budgets(
-    seed, *, target, settings, score_on="test", per_class=10, most=25, configurations=CONFIGURATIONS
-):
-    """Adapt the pre-trained model, its own head included, and score it on both domains.
+def choose_rates(seeds, *, steps, texts="headlines", rates=RATES, workers=None, folder=""):
+    """Choose each technique's rate on validation rows, at its number of steps.
 
-    The configuration is varied, at its (rate, steps) in `settings`, or at several rates, each with
-    several steps after which to score; fixed are `target`, `per_class` and `most`. Pre-training,
-    rows and new parameters follow the seed. Settings are chosen on "validation" images,
-    `score_on`. Returns accuracies in percent on the target, "name", or "name, rate, steps" where
-    there are several, and "name/source" on the source's images; "not adapted"; and "margin".
+    The rate is varied over `rates`; seeds are others than a measurement's. Returns the best of each
+    technique, and each seed's margin.
     """
-    rows = digits.samples(seed, target, per_class=per_class, most=most)
-    base, scores = digits.pretrained(seed), {}
-    scored = {"": rows[score_on]} | ({"/source": rows["source test"]} if score_on == "test" else {})
-
-    def _note(column, model):
-        scores.update({f"{column}{end}": training.evaluate(model, *r) for end, r in scored.items()})
-
-    with reproducible(seed):
-        fresh = models.TinyTransformer()
-        for name, (rates, steps) in settings.items():
-            for lr, first in columns(name, rates).items():
-                begin, marks = fresh if name[:12] == "from scratch" else base, columns(first, steps)
-                model = part2.prepare(begin, configurations[name], seed=seed)
-                for mark in learn(model, rows["few"], lr=lr, marks=marks, name=name, seed=seed):
-                    _note(marks[mark], model)
-        if score_on == "test":
-            _note("not adapted", base)
-    return percent(scores)
+    tries = {name: columns(name, several) for name, several in rates.items()}
+    plan = {c: (name, part2.LABELS, lr) for name, of in tries.items() for lr, c in of.items()}
+    options = _fixed(texts, plan, steps, folder)
+    means, margin = try_settings(part1.label_curve, tries, seeds, workers=workers, **options)
+    return best(means), margin
 
 
-def choose_settings(target, seeds, *, steps, workers=None, **options):
-    """Choose each configuration's learning rate and number of steps on validation images.
-
-    Rate and steps are varied: all of a configuration's `steps` and half of them; linear probing,
-    which has many, also tries a tenth and a fiftieth. Fixed are `target` and the `options` of
-    `compare_budgets`. Seeds are others than those of the measurement; without any, the middle rate
-    and all steps are taken. Returns (rate, steps) of each, of equals the lower rate and the fewer
-    steps; and each seed's margin.
-    """
-    grid, tries = {}, {}
-    for name, n in steps.items():
-        parts = (50, 10, 2, 1) if name.startswith("linear probing") else (2, 1)
-        rates, marks = grid[name] = rates_for(name), sorted({max(n // part, 1) for part in parts})
-        at = columns(name, rates)
-        tries[name] = {(lr, m): c for lr in rates for m, c in columns(at[lr], marks).items()}
-    if not len(seeds):
-        return {n: (rates[len(rates) // 2], marks[-1]) for n, (rates, marks) in grid.items()}, []
-    options |= {"target": target, "settings": grid}
-    means, margins = try_settings(compare_budgets, tries, seeds, workers=workers, **options)
-    return best(means), margins
+def _fixed(texts, plan, steps, folder):
+    """Return the options of `part1.label_curve` that no seed changes."""
+    options = {"texts": texts, "plan": plan, "C": part2.C, "budgets": (part2.LABELS,)}
+    return options | {"train": Train(steps), "told": 0, "folder": folder}

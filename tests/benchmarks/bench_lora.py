@@ -20,7 +20,7 @@ from measure import holds, interleaved, peak, printed
 from torch import nn
 from torch.optim import AdamW
 
-from helpers.models import Block
+from helpers.models import EncoderBlock
 from helpers.peft import inject_dora, inject_ia3, inject_lora, inject_oft, inject_vera, merge
 from helpers.training import freeze
 
@@ -62,7 +62,7 @@ ROUNDS = 11
 
 def encoder(d, n_layers=2):
     """Return a transformer encoder of width d."""
-    return nn.Sequential(*(Block(d, 4, 4 * d) for _ in range(n_layers)))
+    return nn.Sequential(*(EncoderBlock(d, 4, 4 * d, 1e-12) for _ in range(n_layers)))
 
 
 def adapt(model, how, technique):
