@@ -22,7 +22,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils import estimator_checks
 
-from helpers import models, peft
+from helpers import finetuner, models, peft
 from helpers.finetuner import TECHNIQUES, FineTuner
 from helpers.models.pretrained import _read
 from helpers.peft.recipes import epochs_for
@@ -74,11 +74,12 @@ def test_what_each_technique_trains_and_what_it_shares(folder):
             n for n, p in model.named_parameters() if not {p.data_ptr()} & shared
         } - trained
         blocks = {n.split(".")[2] for n in trained if n.startswith("encoder.blocks.")}
-        top = {"LoRA, top half": set("345")}.get(technique, set("012345"))
+        top = set("345") if "top half" in technique or "contrast" in technique else set("012345")
         assert blocks == (set() if technique in ("zero labels", "linear probing") else top)
         assert any("embed" in n for n in trained) == (technique == "from scratch")
     assert not any(own.values())  # of 90 MB, a fit owns what it trained
     assert kinds["LoRA, top half"] == {("LoRA", b): 2 for b in "345"}
+    assert kinds["LoRA, contrastive"] == kinds["LoRA, top half"]
     assert kinds["LoRA"] == {("LoRA", b): 2 for b in "012345"}
     assert kinds["BitFit"] == {("Tuned", b): 8 for b in "012345"}
     after = models.pretrained(folder)[0]
@@ -101,14 +102,39 @@ def test_the_head_comes_first_and_the_rates_are_the_recipes(folder, monkeypatch)
     first = {name: torch.allclose(head, probe, atol=1e-5) for name, (head, _) in seen.items()}
     assert first == {name: TECHNIQUES[name].head_first for name in list(TECHNIQUES)[2:]}
     cached = [name for name, (_, kind) in seen.items() if kind == "CachedRows"]
-    assert cached == ["LoRA, top half"]
+    assert cached == ["LoRA, top half", "LoRA, contrastive"]
     weights = [tuner(folder, lr=lr).fit(X, Y).predict_proba(NEW) for lr in (None, 3e-3, 1e-3)]
     assert (weights[0] == weights[1]).all() and (weights[0] != weights[2]).any()
 
 
-@pytest.mark.parametrize("n, epochs", [(16, 30), (40, 10), (250, 3), (2000, 3)])
-def test_a_fit_has_thirty_steps_or_three_passes(n, epochs):
-    assert epochs_for(n, 16) == epochs
+@pytest.mark.parametrize(
+    "n, epochs, contrastive", [(16, 30, 15), (40, 10, 15), (250, 3, 5), (2000, 3, 5)]
+)
+def test_a_fit_has_thirty_steps_or_three_passes(n, epochs, contrastive):
+    assert (epochs_for(n, 16), epochs_for(n, 16, contrastive=True)) == (epochs, contrastive)
+
+
+def test_the_contrastive_head_is_fitted_to_what_was_trained_names_of_classes_included(
+    folder, monkeypatch
+):
+    seen = []
+    fit = finetuner.training.logistic_head
+
+    def _fit(features, y, **options):
+        seen.append((features, list(y)))
+        return fit(features, y, **options)
+
+    monkeypatch.setattr(finetuner.training, "logistic_head", _fit)
+    for classes in (Y, [{"sport": 7, "money": 9}[y] for y in Y]):
+        model = tuner(folder, "LoRA, contrastive", epochs=1).fit(X, classes)
+        features, y = seen.pop()
+        words = ["money", "sport"] if classes is Y else []
+        assert len(features) == len(y) == len(X) + len(words) and not seen
+        now = model.model_.features(**model._tokenize([*X, *words]))
+        assert torch.allclose(features, now, atol=1e-5)  # after training, not before
+        untouched = models.TextClassifier(models.pretrained(folder)[0], 1)
+        before = untouched.features(**model._tokenize([*X, *words]))
+        assert not torch.allclose(features, before.float(), atol=1e-3)
 
 
 @pytest.mark.parametrize("technique", ["LoRA, top half", "LP-FT", "from scratch"])
