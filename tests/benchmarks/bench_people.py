@@ -144,7 +144,7 @@ def main():
     asked = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     asked.add_argument("--seeds", type=int, default=10, help="of all but SetFit")
     asked.add_argument("--setfit-seeds", type=int, default=10, help="of SetFit, which is slow")
-    asked.add_argument("--results", type=Path, help="file that keeps fits of a run cut short")
+    asked.add_argument("--results", type=Path, help="file of fits, which a run goes on from")
     asked = asked.parse_args()
     known, kept = Results(asked.results), []
     for k in (8, 32):
