@@ -610,6 +610,21 @@ def test_too_few_labels_to_tell_are_said_and_how_many_would():
     assert len(told) > 30
 
 
+def test_where_the_data_cannot_tell_the_default_is_taken_unless_it_is_worse():
+    wave, names = np.tile([-6.0, 6.0], 5), ("a", "b", "c")
+    unsure = dict(zip(names, (80 + 0 * wave, 79 + wave, 60 + 0 * wave), strict=True))
+    found = Scores(unsure, "accuracy", 5, 80, 1, [])
+    named = {default: recommend(found, default=default) for default in (None, *names, "d")}
+    assert {default: told.name for default, told in named.items()} == {
+        None: "a", "a": "a", "b": "b", "c": "a", "d": "a"
+    }  # fmt: skip
+    assert not any(told.sure for told in named.values())
+    assert "The highest mean is that of a, but where the data cannot tell" in str(named["b"])
+    assert "somewhat too high" in str(named["c"])
+    clear = Scores(unsure | {"b": 70 + 0 * wave}, "accuracy", 5, 10**6, 1e-4, [])
+    assert recommend(clear, default="b").name == "a" and recommend(clear, default="b").sure
+
+
 def test_a_dearer_one_that_may_be_much_better_is_no_reason_to_be_sure():
     wave = np.tile([-6.0, 6.0], 5)
     found = recommend(

@@ -111,7 +111,8 @@ class Recommendation(NamedTuple):
     """What to use, and how sure that is; prints as sentences.
 
     `best` has the highest mean. `sure` says that `name` is the cheapest candidate that loses less
-    than `margin` points to every other one, with its whole interval; else `name` is the best.
+    than `margin` points to every other one, with its whole interval; else `name` is the best, or
+    the default that was given.
     `summaries` holds the mean of each candidate with its interval, `comparisons` each other one
     minus the best, and `constant` the recommended one minus the constant answer. `unsettled` has
     those that the data cannot tell from the best, and for each the number of labels that would: at
@@ -142,9 +143,15 @@ class Recommendation(NamedTuple):
         else:
             rival, needed = next(iter(self.unsettled.items()))
             about = f"about {needed:,}" if needed <= 10 * labels else f"more than {10 * labels:,}"
+            if self.name == self.best:
+                told += "Its mean is the highest, and, being picked for that, somewhat too high."
+            else:
+                told += (
+                    f"The highest mean is that of {self.best}, but where the data cannot tell, take"
+                    " what did best on other texts (notebook 3, section 3.2)."
+                )
             told += (
-                "Its mean is the highest, and, being picked for that, somewhat too high.\n"
-                f"The data cannot tell: with {labels:,} labels the difference to"
+                f"\nThe data cannot tell: with {labels:,} labels the difference to"
                 f" {', '.join(self.unsettled)} may be {margin} or more, or not.\n"
                 f"For {rival}, {self.comparisons[rival].numbers}, it would take {about} labels, if"
                 " the difference stays and its error falls with the root of their number."
@@ -158,14 +165,15 @@ class Recommendation(NamedTuple):
         return told
 
 
-def recommend(found, margin=2.0):
+def recommend(found, margin=2.0, default=None):
     """Recommend the cheapest candidate that loses less than `margin` points to every other one.
 
     `found` is what `cross_validate` returns. Differences have the interval of `compare_folds`,
     95 %, or more where more than two candidates are cheaper than the best (Bonferroni). It is not
     enough to lose little to the highest mean, which is picked from noise: with few labels it is
-    often not the best. Where no candidate qualifies, the highest mean is recommended and said to
-    be unsure. In 100 simulated studies at most 5 are sure of a candidate that is truly worse than
+    often not the best. Where no candidate qualifies, the data cannot tell, and recommended is
+    `default`, unless it is worse than the highest mean, or else that one. In 100 simulated studies
+    at most 5 are sure of a candidate that is truly worse than
     the best by more than the margin, tests/test_decide.py.
     """
     names = [*found.scores]
@@ -183,7 +191,8 @@ def recommend(found, margin=2.0):
 
     others = {name: _minus(name, best) for name in names if name != best}
     close = [a for a in names if all(_minus(a, b).low > -margin for b in names if b != a)]
-    name = (close or [best])[0]
+    kept = default in names and (default == best or not others[default].sign)
+    name = (close or [default if kept else best])[0]
     left = {} if close else {
         other: _settling(c, found.labels, margin, cheaper=other in cheaper)
         for other, c in others.items()

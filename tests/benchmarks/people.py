@@ -30,61 +30,15 @@ QUIET = {  # of `trainer`
 }
 
 
-def pretrained(texts, folder, n_classes):
-    """Return a frozen classifier with a random head, and texts as it reads them."""
-    from helpers.models import Encoder, TextClassifier, Tokenizer
-    from helpers.training import freeze
+def ours(texts, labels, *, technique, names, seed, folder):
+    """Fit one of our techniques; labels are the classes' names, as a reader's are."""
+    from helpers.finetuner import FineTuner
+    from helpers.models.pretrained import _read
 
-    model = TextClassifier(Encoder.from_pretrained(folder), n_classes)
-    freeze(model)
-    return model, Tokenizer(folder)(texts)
-
-
-def answers(model, folder):
-    """Return a function of texts: a classifier's answers."""
-    from helpers.models import Tokenizer
-    from helpers.training import predict
-
-    return lambda test: predict(model, Tokenizer(folder)(test)).argmax(1).tolist()
-
-
-def linear_probing(texts, labels, *, names, seed, folder):
-    """Fit a logistic head on the encoder's frozen features."""
-    import torch
-
-    from helpers import training
-
-    model, X = pretrained(texts, folder, len(names))
-    features = training.extract_features(model, X)
-    model.head = training.logistic_head(features, torch.tensor(labels), C=0.1)
-    return answers(model, folder)
-
-
-def recommended(texts, labels, *, names, seed, folder):
-    """Fit LoRA on the top half by pairs of texts, then the head; a class's name is a text of it."""
-    import torch
-
-    from helpers import peft, training
-
-    torch.manual_seed(seed)
-    model, X = pretrained([*texts, *names], folder, len(names))
-    y = torch.tensor([*labels, *range(len(names))])
-    X = training.cache_prefix(model, X, first=3)
-    top = [f"blocks.{b}.attention.{p}_proj" for b in (3, 4, 5) for p in "qv"]
-    peft.inject_lora(model, top, r=8, lora_alpha=16)
-    training.fit(
-        model,
-        X,
-        y,
-        lr=1e-3,
-        epochs=max(5, round(15 / math.ceil(len(y) / 64))),
-        batch_size=64,
-        loss=training.contrastive(),
-        generator=torch.Generator().manual_seed(seed),
-    )
-    training.freeze(model)
-    model.head = training.logistic_head(training.extract_features(model, X), y, C=0.1)
-    return answers(model, folder)
+    _read.cache_clear()  # every fit loads the encoder, as others do
+    model = FineTuner(technique, model_path=folder, random_state=seed)
+    model.fit(texts, [names[label] for label in labels])
+    return lambda test: [names.index(name) for name in model.predict(test)]
 
 
 def setfit(texts, labels, *, names, seed, folder):
@@ -152,11 +106,15 @@ def _collate(tokenizer, rows):
 
 def trainer_and_peft(texts, labels, *, names, seed, folder):
     """Fit `trainer`'s LoRA for about 30 steps of 16 rows, three epochs or more, at 1e-3."""
+    from helpers.models import Tokenizer
+    from helpers.training import predict
+
     steps = max(30, 3 * math.ceil(len(texts) / 16))
     with tempfile.TemporaryDirectory() as out:
         made = trainer(out, texts, labels, steps=steps, batch=16, lr=1e-3, seed=seed)
         made.train()
-    return answers(made.model, folder)
+    tokens = Tokenizer(folder)
+    return lambda test: predict(made.model, tokens(test)).argmax(1).tolist()
 
 
 def tf_idf(texts, labels, *, names, seed, folder):
@@ -176,8 +134,10 @@ def peak():
 
 
 COMPETITORS = {
-    "ours": recommended,
-    "linear probing": linear_probing,
+    **{
+        name: partial(ours, technique=name)
+        for name in ("LoRA, contrastive", "LoRA, top half", "linear probing")
+    },
     "SetFit": setfit,
     "Trainer + peft": trainer_and_peft,
     "TF-IDF": tf_idf,
