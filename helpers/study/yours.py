@@ -4,8 +4,11 @@ import base64
 import csv
 import html
 import io
+import json
 from collections import Counter
 from pathlib import Path
+
+import numpy as np
 
 from helpers import data, files
 
@@ -80,3 +83,24 @@ def deliver(folder, model, texts, *, advice, figure):
     )
     files.write(folder / "report.html", page.encode())
     return labels
+
+
+def people(path):
+    """Read what `make people` has measured: each fit's accuracy, processor seconds, peak memory.
+
+    Returns (texts, labels of each class) to who to arrays by these names, one entry for each seed.
+    """
+    found = {}
+    for key, fit in map(json.loads, Path(path).read_text("utf-8").splitlines()):
+        who, texts, k, seed = key.rsplit(", ", 3)
+        of = found.setdefault((texts, int(k)), {}).setdefault(who, {})
+        of[int(seed.removeprefix("seed "))] = fit
+    return {
+        at: {
+            who: {name: np.array([fits[s][name] for s in sorted(fits)]) for name in fits[0]}
+            for who, fits in of.items()
+        }
+        for at, of in sorted(
+            found.items(), key=lambda item: (item[0][1], item[0][0] != "headlines")
+        )
+    }
