@@ -220,7 +220,7 @@ def test_memory_is_as_the_papers_print_it():
     assert round(training_memory("GPT-3 175B", "LoRA, bf16 base")["weights"] / 1e9) == 350
     # Dettmers et al. 2023, section 1: 65B parameters in less than 48 GB; 70B is a little more
     parts = training_memory("Llama-2 70B", "QLoRA, NF4 base", checkpointing=True)
-    assert 36e9 < sum(parts.values()) < 48e9 and large.smallest_budget(parts) == 80
+    assert 36e9 < sum(parts.values()) < 48e9
 
 
 def test_fewer_trained_layers_keep_less():
@@ -228,11 +228,6 @@ def test_fewer_trained_layers_keep_less():
         return count_activations(adapt(build("Llama-2 7B"), technique))
 
     assert kept("LoRA on q, v, r=8") < kept("LoRA on all linears, r=16") < kept("full fine-tuning")
-
-
-def test_the_budget_is_the_smallest_that_holds_all_parts():
-    fits = [large.smallest_budget({"a": n, "b": 10**9}) for n in (7e9, 7e9 + 1, 79e9, 79e9 + 1)]
-    assert fits == [8, 24, 80, None]
 
 
 @pytest.mark.parametrize(

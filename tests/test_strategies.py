@@ -23,14 +23,11 @@ from helpers.training import (
     contrastive,
     count_parameters,
     cross_entropy,
-    evaluate,
     fine_tune,
     fit,
     freeze,
     l2_sp,
-    linear_probe,
     logistic_head,
-    lp_ft,
     predict,
     strategies,
     train,
@@ -163,22 +160,6 @@ def test_fit_takes_one_rate_or_several_and_passes_options_on(pretrained):
     assert not moved(several, copied(model)) and moved(model, before) == list(before)
     with pytest.raises(ValueError, match=r"no learning rate for 'head\.weight'"):
         fit(model, *task.train, lr={"backbone": 1e-2}, epochs=1)
-
-
-def test_a_linear_probe_is_head_training_and_lp_ft_starts_where_it_ends(pretrained):
-    base, task = pretrained
-    probed, through, tuned = (with_fresh_head(base) for _ in range(3))
-    through.load_state_dict(probed.state_dict())
-    tuned.load_state_dict(probed.state_dict())
-    before = copied(probed)
-    linear_probe(probed, *task.train, epochs=50, lr=1e-2)
-    assert moved(probed, before) == ["head.weight", "head.bias"]
-    freeze(through.backbone)
-    fit(through, *task.train, lr=1e-2, epochs=50)
-    torch.testing.assert_close(probed.head.weight, through.head.weight, atol=1e-12, rtol=0)
-    losses = lp_ft(tuned, *task.train, epochs=2, probe_epochs=50)["loss"]
-    assert losses[0] == pytest.approx(evaluate(probed, *task.train).loss, abs=1e-12)
-    assert losses[1] < losses[0] and moved(tuned, copied(probed)) == list(before)
 
 
 def test_gradual_unfreezing_adds_one_stage_per_phase_with_a_new_optimizer(pretrained, monkeypatch):

@@ -255,22 +255,6 @@ def training_memory(model, recipe, **options):
     }
 
 
-def smallest_budget(parts):
-    """Return the smallest of `BUDGETS`, in GB, that holds a training step.
-
-    Parameters
-    ----------
-    parts : dict of str to int
-        Bytes, as `training_memory` returns them.
-
-    Returns
-    -------
-    int or None
-        None if the largest is too small.
-    """
-    return next((gb for gb in BUDGETS if sum(parts.values()) <= gb * 1e9), None)
-
-
 class _Checkpointed(nn.Module):
     def __init__(self, block):
         super().__init__()

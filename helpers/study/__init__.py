@@ -11,7 +11,6 @@ from helpers.study.verdicts import (
     compare,
     compare_folds,
     compare_pairs,
-    seeds_needed,
     summarize,
     summarize_folds,
 )

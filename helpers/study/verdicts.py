@@ -118,14 +118,6 @@ class Comparison(NamedTuple):
         return f"{self.numbers:>20s}  {self.verdict}"
 
 
-def seeds_needed(comparisons):
-    """Return the smallest number of seeds at which any of these comparisons can be significant.
-
-    The sign-flip test's smallest p is 2 / 2^n, and Holm multiplies it by their number.
-    """
-    return next(n for n in range(1, 100) if 2 / 2**n * comparisons < 0.05)
-
-
 def compare(a, b):
     """Compare two methods on the same seeds: entry i of both comes from the same seed.
 

@@ -15,6 +15,6 @@ from helpers.training.prefix import CachedRows, cache_prefix
 from helpers.training.scoring import Score, evaluate, extract_features, predict, score
 from helpers.training.seeding import reproducible
 from helpers.training.strategies import (
-    contrastive, fine_tune, fit, from_scratch, gradual_unfreezing, l2_sp, linear_probe,
-    logistic_head, lp_ft
+    contrastive, fine_tune, fit, from_scratch, gradual_unfreezing, l2_sp,
+    logistic_head
 )

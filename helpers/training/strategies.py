@@ -10,9 +10,8 @@ from torch.nn import functional as F
 from torch.optim import Adam
 
 from helpers.models import stages, with_fresh_head
-from helpers.training.freezing import freeze, freeze_to, param_groups, unfreeze
+from helpers.training.freezing import freeze_to, param_groups, unfreeze
 from helpers.training.loop import cross_entropy, train
-from helpers.training.scoring import extract_features
 
 
 def fit(model, X, y, *, lr, epochs, **options):
@@ -97,30 +96,6 @@ def fine_tune(
     return model, fit(model, X, y, lr=rates, epochs=epochs, **options)
 
 
-def linear_probe(model, X, y, *, epochs=200, lr=1e-2):
-    """Train the head of `model` on the cached features of its frozen backbone.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Changed in place: everything but its ``head`` is frozen.
-    X : Tensor of shape (n, d)
-    y : int64 Tensor of shape (n,)
-    epochs : int, default=200
-        Full-batch steps.
-    lr : float, default=1e-2
-        Adam's learning rate.
-
-    Returns
-    -------
-    dict of str to list of float
-        The history of `train`.
-    """
-    freeze(model)
-    unfreeze(model.head)
-    return fit(model.head, extract_features(model, X), y, lr=lr, epochs=epochs)
-
-
 def logistic_head(features, y, *, C=1.0, weights=None):
     """Return the linear layer that minimises ||W||^2 / 2 + C sum_i w_i CE_i, to the optimum.
 
@@ -162,34 +137,6 @@ def logistic_head(features, y, *, C=1.0, weights=None):
         head.weight.copy_(torch.as_tensor(W))
         head.bias.copy_(torch.as_tensor(b))
     return head
-
-
-def lp_ft(model, X, y, *, epochs=100, lr=1e-3, probe_epochs=200, probe_lr=1e-2):
-    """Probe, then fine-tune: a fitted head no longer pulls the features out of shape.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Changed in place; all of it is trained in the second phase.
-    X : Tensor of shape (n, d)
-    y : int64 Tensor of shape (n,)
-    epochs, lr : int, float
-        Of the fine-tuning.
-    probe_epochs, probe_lr : int, float
-        Of the linear probe before it.
-
-    Returns
-    -------
-    dict of str to list of float
-        The history of the fine-tuning.
-
-    References
-    ----------
-    Kumar et al. (2022), section 3.4, arXiv:2202.10054.
-    """
-    linear_probe(model, X, y, epochs=probe_epochs, lr=probe_lr)
-    unfreeze(model)
-    return fit(model, X, y, lr=lr, epochs=epochs)
 
 
 def gradual_unfreezing(model, X, y, *, epochs=100, lr=1e-3, down_to=0, **options):
