@@ -12,6 +12,8 @@ import numpy as np
 
 from helpers import data, files
 
+MEASURED = Path(__file__).parents[2] / "tests/benchmarks/people.jsonl"  # by `make people`
+
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>What to train on {n} labelled texts</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
@@ -85,7 +87,7 @@ def deliver(folder, model, texts, *, advice, figure):
     return labels
 
 
-def people(path):
+def people(path=MEASURED):
     """Read what `make people` has measured: each fit's accuracy, processor seconds, peak memory.
 
     Returns (texts, labels of each class) to who to arrays by these names, one entry for each seed.
