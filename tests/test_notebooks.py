@@ -129,8 +129,8 @@ OTHER = {
         ["Trainable: 128 of 1,024 in W", "Told apart from LoRA: ", "logits: 0 of "],
     ),
     PART3: (
-        {"n_seeds": 3, "repeats": 1, "margin": 5.0, "seed": 3, "workers": 1},
-        ["accuracy (%), 3 seeds", "5 folds, 1 times", "margin 5: ", "logits: 0 of "],
+        {"n_seeds": 3, "repeats": 2, "margin": 5.0, "seed": 3, "workers": 1},
+        ["accuracy (%), 3 seeds", "5 folds, 2 times", "margin 5: ", "logits: 0 of "],
     ),
 }
 
@@ -155,7 +155,7 @@ def test_a_readers_texts_leave_a_model_predictions_and_a_page(tmp_path, folder):
     words = {"sport": "goal match", "tech": "chip code", "": "goal team"}
     rows = [f"{words[label]} {i},{label}" for i in range(6) for label in words]
     mine.write_text("\n".join(["text,label", *rows]), encoding="utf-8")
-    values = {"texts_path": str(mine), "model_path": folder, "repeats": 1, "workers": 1}
+    values = {"texts_path": str(mine), "model_path": folder, "repeats": 2, "workers": 1}
     nb = nbformat.read(execute(path, values, until="files"), as_version=4)
     assert "6 texts labelled; loaded again, the same labels: True" in printed(nb)
     out = tmp_path / "build" / "texts"
