@@ -337,7 +337,33 @@ CLAIMS2 = [
     ("spectrum-look", "spectrum", r"^\| top two .* 7[0-3]\.\d .* 0\.9 \[", 1),
     ("spectrum-look", "spectrum", r"^\| (LoRA|DoRA) .* 7\.\d .* 0\.[01] \[", 2),
 ]
-CLAIMS3 = []
+CLAIMS3 = [
+    ("decide-note", "decide", r"^The data cannot tell: with 50 labels", 1),
+    (
+        "decide-note",
+        "decide",
+        r"^Worse than LoRA: constant answer, zero labels, from scratch\.$",
+        1,
+    ),
+    ("files-note", "files", r"loaded again, the same labels: True$", 1),
+    ("s33", "people-gap", r"^headlines.*(top half|probing|peft): +\+.* better;", 3),
+    ("s33", "people-gap", r"^headlines.*SetFit: +-1\.\d .* not told apart at 5 .*; 0\.0\d of", 1),
+    ("s33", "people-gap", r"^documentation.*SetFit: +\+.* not told apart at 4 .*; 0\.0\d of", 1),
+    ("s33", "people-gap", r"^documentation.*(top half|probing): +\+0\.\d .* not told", 2),
+    ("several-look", "several-verdicts", r" - .* -1[89]\.\d .* worse$|\+16\.\d .* better$", 3),
+    ("several-look", "several-verdicts", r"stays as it was learned: True$", 1),
+    ("s34", "arithmetic-run", r"^\| (sum|TIES|mean) \| 7[467]\.\d .*", 3),
+    ("s34", "arithmetic-run", r"^\| minus .* \| 5[02]\.\d .* \| [46]\d\.\d .* \| [456]\d\.\d", 3),
+    ("s34", "arithmetic-run", r"off the mean update by 7\d\.\d", 1),
+    ("qlora-look", "quantized", r"^\| NF4 \| 5\.6 \| 9\.4 .* 88 of|^\| int4 .* 11\.5 .* 87 of", 2),
+    ("qlora-look", "nf4", r"^(normal.* nf4: .* 9\.2%|normal.* int4: .* 10\.7%)$", 2),
+    ("qlora-look", "qlora", r"^\| (QLoRA|LoftQ) [^▲▼]*$", 2),
+    ("budgets-look", "budgets-verdicts", r"^(3,072|24,576): told apart from LoRA: none$", 2),
+    ("budgets-look", "budgets-verdicts", r"LoRA: adapters worse; v alone, whole worse$", 1),
+    ("budgets-look", "budgets-verdicts", r"of 12: prefix tuning, 3,072; LoRA, 294,912$", 1),
+    ("paper-look", "paper-counts", r"\| True \|$", 4),
+    ("paper-look", "paper", r"^The largest .* 80 GB: Llama-2 70B, by QLoRA", 1),
+]
 OF_PART = {PART1: CLAIMS, PART2: CLAIMS2, PART3: CLAIMS3}
 ALL_CLAIMS = [(part, *claim) for part, claims in OF_PART.items() for claim in claims]
 
