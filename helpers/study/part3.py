@@ -28,19 +28,31 @@ def whole(*targets):
     return _unfreeze
 
 
+def oft(*targets, block_size):
+    """Return OFT in the top two blocks, in blocks of the size nearest to this that divides d."""
+
+    def _inject(model, generator=None):
+        d = model.encoder.d
+        size = min((b for b in range(2, d + 1) if d % b == 0), key=lambda b: abs(b - block_size))
+        part2.in_top(peft.inject_oft, *targets, block_size=size)(model, generator)
+
+    _inject.first = part2.TOP[0]
+    return _inject
+
+
 # Of each budget, besides the head, the techniques that have a setting of about this size in the
 # encoder's top two blocks
 BUDGETS = {
     3_072: {
         "LoRA": part2.PLACES["r = 1; alpha = 2"],
-        "OFT": part2.in_top(peft.inject_oft, *part2.LINEAR[:4], block_size=3),
+        "OFT": oft(*part2.LINEAR[:4], block_size=3),
         "VeRA": part2.in_top(peft.inject_vera, "q_proj", "v_proj", r=384),
         "BitFit": part2.in_top(peft.inject_bitfit, "q_proj", "v_proj", "out_proj", "fc2"),
         "prefix tuning": part2.in_top(peft.inject_prefix, "attention", num_virtual_tokens=2),
     },
     24_576: {
         "LoRA": part2.TECHNIQUES["LoRA"],
-        "OFT": part2.in_top(peft.inject_oft, "q_proj", "v_proj", block_size=32),
+        "OFT": oft("q_proj", "v_proj", block_size=32),
         "adapters": part2.in_top(peft.inject_adapter, "out_proj", "fc2", reduction_factor=48),
         "prefix tuning": part2.in_top(peft.inject_prefix, "attention", num_virtual_tokens=16),
     },
