@@ -28,16 +28,36 @@ def whole(*targets):
     return _unfreeze
 
 
-def oft(*targets, block_size):
-    """Return OFT in the top two blocks, in blocks of the size nearest to this that divides d."""
+def sized(function, *targets, **options):
+    """Return a technique of the top two blocks whose `options` are functions of the width d."""
 
     def _inject(model, generator=None):
-        d = model.encoder.d
-        size = min((b for b in range(2, d + 1) if d % b == 0), key=lambda b: abs(b - block_size))
-        part2.in_top(peft.inject_oft, *targets, block_size=size)(model, generator)
+        given = {name: choose(model.encoder.d) for name, choose in options.items()}
+        part2.in_top(function, *targets, **given)(model, generator)
 
     _inject.first = part2.TOP[0]
     return _inject
+
+
+def oft(*targets, block_size):
+    """Return OFT in blocks of the size nearest to this that divides d."""
+
+    def _nearest(d):
+        return min((b for b in range(2, d + 1) if d % b == 0), key=lambda b: abs(b - block_size))
+
+    return sized(peft.inject_oft, *targets, block_size=_nearest)
+
+
+def adapters(units):
+    """Return adapters with about this many units in the middle."""
+    factor = {"reduction_factor": lambda d: max(1, d // units)}
+    return sized(peft.inject_adapter, "out_proj", "fc2", **factor)
+
+
+def lora(r):
+    """Return LoRA on q and v of this rank, or of rank d where that is smaller; alpha = 2 r."""
+    ranks = {"r": lambda d: min(r, d), "lora_alpha": lambda d: 2 * min(r, d)}
+    return sized(peft.inject_lora, "q_proj", "v_proj", **ranks)
 
 
 # Of each budget, besides the head, the techniques that have a setting of about this size in the
@@ -53,12 +73,12 @@ BUDGETS = {
     24_576: {
         "LoRA": part2.TECHNIQUES["LoRA"],
         "OFT": oft("q_proj", "v_proj", block_size=32),
-        "adapters": part2.in_top(peft.inject_adapter, "out_proj", "fc2", reduction_factor=48),
+        "adapters": adapters(8),
         "prefix tuning": part2.in_top(peft.inject_prefix, "attention", num_virtual_tokens=16),
     },
     294_912: {
-        "LoRA": part2.lora("q_proj", "v_proj", r=96, blocks=part2.TOP),
-        "adapters": part2.in_top(peft.inject_adapter, "out_proj", "fc2", reduction_factor=4),
+        "LoRA": lora(96),
+        "adapters": adapters(96),
         "v alone, whole": whole("v_proj"),
     },
 }
