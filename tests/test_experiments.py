@@ -229,12 +229,12 @@ def test_a_plan_has_the_curve_at_the_chosen_rates_and_of_headlines_the_remedies(
         f"{both}/4": (both, 4, 3.0),
         f"{both}/16": (both, 16, 3.0),
         f"{full}/4": (full, 4, 5.0),
+        "from scratch/4": ("from scratch", 4, 5.0),
     }
     assert plan_of("documentation", chosen) == curve
     remedies = {f"{name}/4": (name, 4, 2.0) for name in ("L2-SP, top two", "gradual unfreezing")}
     larger = {f"{top}, 3 x rate/4": (top, 4, 6.0)}
-    scratch = {"from scratch/4": ("from scratch", 4, 5.0)}
-    assert plan_of("headlines", chosen) == curve | remedies | scratch | larger
+    assert plan_of("headlines", chosen) == curve | remedies | larger
     assert {f"{name}/4" for name in part1.REMEDIES} <= PLAN.keys()
     assert {name for name, *_ in PLAN.values()} == FIRST.keys()
 

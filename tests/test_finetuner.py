@@ -242,8 +242,8 @@ GOOD = dict(X=X, y=Y)
         (dict(random_state=-1), "random_state=-1 must be an integer"),
         (dict(dtype="float16"), "dtype='float16' must be 'float32' or 'float64'"),
         (dict(model_path="nowhere"), "there is no folder nowhere"),
-        (dict(technique="zero labels", y=[1, 2] * 10), "reads class names, and 1 is no word"),
-        (dict(technique="zero labels", y=["12", "a"] * 10), "class names, and '12' is no word"),
+        (dict(technique="zero labels", y=[1, 2] * 10), "1, 2] are no words"),
+        (dict(technique="zero labels", y=["12", "a"] * 10), "'12', 'a'] are no words"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_fitted_is_refused_in_a_sentence(folder, change, told, monkeypatch):

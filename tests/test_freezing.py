@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam
 
-from helpers.models import MLP, TinyTransformer, stages
+from helpers.models import MLP, stages
 from helpers.peft import inject_lora, quantize_layers
 from helpers.training import (
     count_parameters,
@@ -17,6 +17,7 @@ from helpers.training import (
     stored_bytes,
     unfreeze,
 )
+from tests.small import TinyTransformer
 
 
 def trainable(model):

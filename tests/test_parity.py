@@ -15,10 +15,10 @@ from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadMode
 from transformers.models.bert.modeling_bert import BertSelfAttention
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 
-from helpers.models import TinyTransformer
 from helpers.peft import LoRA, adapters, inject, merge
 from helpers.study import reproducible
 from helpers.training import freeze, param_groups
+from tests.small import TinyTransformer
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{message}")

@@ -10,11 +10,12 @@ from matplotlib.colors import same_color, to_hex
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.text import Text
 
-from helpers.models import MLP, Encoder, TextClassifier, TinyTransformer
+from helpers.models import MLP, Encoder, TextClassifier
 from helpers.peft import Adapter, inject
 from helpers.show import costs, drawings, figures, tables
 from helpers.study import Comparison, Summary, compare, part1, part2, summarize
 from helpers.training import freeze, unfreeze
+from tests.small import TinyTransformer
 
 
 @pytest.fixture
