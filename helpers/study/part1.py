@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from helpers import data, models, training
+from helpers.peft.recipes import PROBE_C
 from helpers.study.seeds import percent, reproducible
 from helpers.study.tuning import best, columns, try_settings
 
@@ -42,8 +43,6 @@ PENALTIES = (0.03, 0.1, 0.3, 1.0)  # C of linear probing, tried on the same rows
 SCORED = {"validation": 16, "test": 24}  # rows of each topic
 
 TRIED = RATES | {"linear probing": PENALTIES}
-
-PROBE_C = 0.1  # of the logistic head that LP-FT starts from
 
 
 @cache

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from helpers import data, models, peft, training
+from helpers.peft.recipes import HEAD_RATE
 from helpers.study import part1
 from helpers.study.seeds import reproducible
 from helpers.study.tuning import best, columns, try_settings
@@ -19,8 +20,6 @@ TOP = (4, 5)  # the blocks that a technique changes; what is below them is compu
 LABELS = 8  # of each topic
 
 C = part1.PROBE_C  # of linear probing, which every technique starts from
-
-HEAD_RATE = 1e-3
 
 
 def technique(function, *targets, blocks=None, **options):
@@ -153,16 +152,17 @@ def page(seed, *, texts, rates, k=LABELS, techniques=TECHNIQUES, told=LABELS, fo
     return {name.removesuffix("/0").removesuffix(f"/{k}"): found[name] for name in found}
 
 
-def try_rates(texts, seeds, *, rates=RATES, workers=None, folder=""):
+def try_rates(texts, seeds, *, rates=RATES, train=None, workers=None, folder=""):
     """Score each technique at each of its rates on validation rows, at 8 labels of each topic.
 
-    The rate is varied; seeds are others than a measurement's. Returns the best of each technique,
+    The rate is varied; how to `train` is fixed, None being `Train` of this page; seeds are others
+    than a measurement's. Returns the best of each technique,
     technique to rate to mean accuracy, and each seed's margin.
     """
     tries = {name: columns(name, several) for name, several in rates.items()}
     plan = {c: (name, LABELS, lr) for name, of in tries.items() for lr, c in of.items()}
     options = {"texts": texts, "plan": plan, "C": C, "budgets": (LABELS,), "folder": folder}
-    options["train"] = Train()
+    options["train"] = train or Train()
     means, margin = try_settings(part1.label_curve, tries, seeds, workers=workers, **options)
     return best(means), means, margin
 

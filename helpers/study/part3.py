@@ -8,7 +8,6 @@ import torch
 from helpers import peft, training
 from helpers.study import part1, part2
 from helpers.study.seeds import stream
-from helpers.study.tuning import best, columns, try_settings
 
 STEPS = 12  # of LoRA on q and v; every other technique gets as many as cost the same
 
@@ -157,7 +156,8 @@ def equal_budgets(seed, *, rates, steps, texts="headlines", folder=""):
     "margin".
     """
     plan = {name: (name, part2.LABELS, rate) for name, rate in rates.items()}
-    found = part1.label_curve(seed, **_fixed(texts, plan, steps, folder))
+    options = {"texts": texts, "plan": plan, "C": part2.C, "budgets": (part2.LABELS,), "told": 0}
+    found = part1.label_curve(seed, train=Train(steps), folder=folder, **options)
     probing = found[f"linear probing/{part2.LABELS}"]
     return {name: found[name] for name in (*plan, "margin")} | {"linear probing": probing}
 
@@ -168,14 +168,6 @@ def choose_rates(seeds, *, steps, texts="headlines", rates=RATES, workers=None, 
     The rate is varied over `rates`; seeds are others than a measurement's. Returns the best of each
     technique, and each seed's margin.
     """
-    tries = {name: columns(name, several) for name, several in rates.items()}
-    plan = {c: (name, part2.LABELS, lr) for name, of in tries.items() for lr, c in of.items()}
-    options = _fixed(texts, plan, steps, folder)
-    means, margin = try_settings(part1.label_curve, tries, seeds, workers=workers, **options)
-    return best(means), margin
-
-
-def _fixed(texts, plan, steps, folder):
-    """Return the options of `part1.label_curve` that no seed changes."""
-    options = {"texts": texts, "plan": plan, "C": part2.C, "budgets": (part2.LABELS,)}
-    return options | {"train": Train(steps), "told": 0, "folder": folder}
+    options = {"rates": rates, "train": Train(steps), "workers": workers, "folder": folder}
+    chosen, _, margin = part2.try_rates(texts, seeds, **options)
+    return chosen, margin
