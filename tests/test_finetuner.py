@@ -480,7 +480,7 @@ def test_other_encoders_of_transformers(foreign, kind, tmp_path, capfd):
     import transformers as hf
 
     there, level = foreign[kind], hf.utils.logging.get_verbosity()
-    adapted = {"LoRA, top half": 2, "LoRA": 4, "BitFit": 16}
+    adapted = {"LoRA, top half": 2, "LoRA, contrastive": 2, "LoRA": 4, "BitFit": 16}
     for technique in TECHNIQUES:
         model = tuner(there, technique).fit(X, Y)
         assert len(peft.adapters(model.model_)) == adapted.get(technique, 0)
