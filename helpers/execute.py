@@ -12,6 +12,7 @@ from pathlib import Path
 from helpers import files, stored
 from helpers.stored import NotebookError, canonical, faults, parameters, parse_parameters
 
+TERMINAL = "HELPERS_TERMINAL"  # where studies show how far they are; its outputs are not stored
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # what a user's environment says to Python, IPython, Jupyter and matplotlib about their behaviour
 FOREIGN = re.compile(
@@ -59,7 +60,8 @@ def clean_environment(folder):
     kept = {name: text for name, text in os.environ.items() if not FOREIGN.match(name)}
     inline = "module://matplotlib_inline.backend_inline"
     ours = {"IPYTHONDIR": str(folder), "JUPYTER_RUNTIME_DIR": str(folder), "MPLBACKEND": inline}
-    return kept | ours
+    terminal = {TERMINAL: os.ttyname(2)} if os.name == "posix" and os.isatty(2) else {}
+    return terminal | kept | ours
 
 
 def execute(path, values=None, *, until=None, timeout=600):
@@ -159,7 +161,10 @@ def main(argv=None):
         shared += ["--until", args.until] if args.until else []
         command = [sys.executable, "-m", "helpers.execute", *shared]
         with ThreadPoolExecutor(max(args.jobs, 1)) as pool:
-            runs = [pool.submit(subprocess.run, [*command, str(p)]) for p in args.notebooks]
+            env = os.environ | {TERMINAL: ""}  # their bars would overwrite each other
+            runs = [
+                pool.submit(subprocess.run, [*command, str(p)], env=env) for p in args.notebooks
+            ]
         return int(any(run.result().returncode for run in runs))
     failed = 0
     for path, parsed in values.items():

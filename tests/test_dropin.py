@@ -312,7 +312,7 @@ def test_second_derivatives_are_those_of_the_plain_equation(method, shape, monke
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-@pytest.mark.parametrize("method", ["LoRA", "DoRA", "VeRA"])
+@pytest.mark.parametrize("method", ["LoRA", "DoRA", "VeRA", "OFT"])
 def test_transforms_and_tracing_take_the_plain_form(method):
     model, x, loss, own = curved(method, (5,))
     name, p = next(iter(own.items()))

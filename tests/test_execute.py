@@ -378,3 +378,16 @@ def test_a_kill_at_any_moment_leaves_the_notebook_whole(tmp_path):
         child.wait()
         assert path.read_bytes() == whole
     assert execute(path) == Path(path) and path.read_bytes() == whole
+
+
+def test_a_terminal_shows_how_far_a_study_is_and_the_notebook_does_not_store_it(tmp_path):
+    pty = pytest.importorskip("pty")  # not on Windows
+    count = "from helpers import study\nprint(study.run_seeds(float_of, range(3), workers=1))"
+    path = notebook(tmp_path, f"def float_of(seed):\n    return dict(x=1.0)\n\n\n{count}")
+    here, there = pty.openpty()
+    command = [sys.executable, "-m", "helpers.execute", str(path)]
+    subprocess.run(command, cwd=ROOT, stderr=there, check=True, timeout=300)
+    os.close(there)
+    assert b"seed" in os.read(here, 10_000)  # the bar's unit
+    os.close(here)
+    assert [o.name for o in read(path).cells[1].outputs] == ["stdout"]

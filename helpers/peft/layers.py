@@ -88,23 +88,27 @@ class OFT(Adapter):
         super().__init__(base, block_size=block_size)
         n = block_size * (block_size - 1) // 2
         self.oft_R = nn.Parameter(_like(base).new_zeros(d_in // block_size, n))
+        # blocks that are multiplied as one: the BLAS is slow at matrices below 32
+        self.at_once = math.gcd(d_in // block_size, max(1, 32 // block_size))
 
     def rotations(self):
         """Return the blocks of R, shape (in / block_size, block_size, block_size)."""
         b = self.settings["block_size"]
-        rows, columns = torch.triu_indices(b, b, 1, device=self.oft_R.device)
+        rows, columns = torch.triu_indices(b, b, 1, device=self.oft_R.device).unbind()
         angles = wide(self.oft_R)
-        Q = angles.new_zeros(len(angles), b, b)
+        Q = angles.new_zeros(angles.shape[0], b, b)
         Q[:, rows, columns] = angles
         Q = Q - Q.mT
         eye = torch.eye(b, dtype=Q.dtype, device=Q.device)
         return torch.linalg.solve(eye - Q, eye + Q).to(self.oft_R.dtype)  # the two factors commute
 
     def adapted(self, x):
-        blocks = x.unflatten(-1, (-1, self.settings["block_size"]))  # (..., n, b)
         R = self.rotations()
-        turned = torch.einsum("nij,...nj->...ni", R, blocks.to(R.dtype))
-        return self.base(turned.flatten(-2).to(x.dtype))
+        b, k = self.settings["block_size"], self.at_once
+        eye = torch.eye(k, dtype=R.dtype, device=R.device).view(k, 1, k, 1)
+        R = (R.reshape(-1, k, b, 1, b) * eye).reshape(-1, k * b, k * b)
+        blocks = x.unflatten(-1, (-1, k * b)).to(R.dtype)  # (..., n / k, k b)
+        return self.base(torch.einsum("nij,...nj->...ni", R, blocks).flatten(-2).to(x.dtype))
 
     def changed(self):
         """Return W R, by its name."""

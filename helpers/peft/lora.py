@@ -9,6 +9,7 @@ from numbers import Integral, Real
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from helpers.peft.base import (
     Adapter,
@@ -235,20 +236,20 @@ class VeRA(Adapter):
         self.lambda_d = nn.Parameter(_like(base).new_full((r,), d_initial))  # u
         self.lambda_b = nn.Parameter(_like(base).new_zeros(d_out))  # v
 
-    def low_rank(self):
-        """Return u * A of shape (r, in) and v * B of shape (out, r)."""
+    def matrices(self):
+        """Return A of shape (r, in) and B of shape (out, r)."""
         d_in, d_out = sizes(self.base)
-        A, B = self.projection.A[:, :d_in], self.projection.B[:d_out]
-        return self.lambda_d[:, None] * A, self.lambda_b[:, None] * B
+        return self.projection.A[:, :d_in], self.projection.B[:d_out]
 
     def adapted(self, x):
-        y, rows = call(self.base, x)
-        return add_low_rank(y, rows, *self.low_rank(), 1.0).view(*x.shape[:-1], y.shape[-1])
+        y, (A, B) = self.base(x), self.matrices()
+        h = self.lambda_d * F.linear(x.to(A.dtype), A)  # (..., r)
+        return (self.lambda_b * F.linear(h, B)).add_(y).to(y.dtype)
 
     def delta_weight(self):
         """Return (v * B)(u * A) of shape (out, in)."""
-        A, B = self.low_rank()
-        return B @ A
+        A, B = self.matrices()
+        return self.lambda_b[:, None] * B @ (self.lambda_d[:, None] * A)
 
     def changed(self):
         """Return W + (v * B)(u * A), by its name."""

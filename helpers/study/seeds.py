@@ -1,7 +1,9 @@
 """The same experiment over many seeds, in parallel processes, with the same numbers."""
 
+import os
 import sys
 import warnings
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -15,6 +17,7 @@ from tqdm import tqdm
 
 from helpers.training.seeding import LOCK, reproducible
 
+TERMINAL = "HELPERS_TERMINAL"  # the one that a headless run was started from, in its kernel
 DEATHS = ("TerminatedWorkerError", "KilledWorker")  # loky's and Dask's, which may not be installed
 
 
@@ -58,7 +61,9 @@ def in_parallel(experiment, seeds, workers, *, unit="seed"):
     if workers is not None and not 1 <= workers <= cpu_count():
         raise ValueError(f"workers = {workers} must be from 1 to the {cpu_count()} cores there are")
     runs = _runs(experiment, seeds, workers)
-    yield from tqdm(runs, total=len(seeds), unit=unit, leave=False, disable=not _watched())
+    options = dict(total=len(seeds), unit=unit, leave=False)
+    with _watched() as stream:
+        yield from tqdm(runs, file=stream, disable=stream is None, **options)
 
 
 def _runs(experiment, seeds, workers):
@@ -129,14 +134,22 @@ def _run(experiment, dtype, seed):
     return (None, f"{bad} not finite") if bad else (row, None)
 
 
+@contextmanager
 def _watched():
-    """Whether somebody looks on: a terminal, or a front end, which names the cell that it runs."""
-    if sys.stderr.isatty():
-        return True
-    kernel = getattr(
-        getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)(), "kernel", None
-    )
-    return kernel is not None and "cellId" in kernel.get_parent().get("metadata", {})
+    """Yield the stream that somebody looks at, or None: a terminal's, or a live front end's.
+
+    A front end names the cell that it runs; `helpers.execute` names the terminal it runs in.
+    """
+    ipython = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    kernel = getattr(ipython, "kernel", None)
+    live = kernel is not None and "cellId" in kernel.get_parent().get("metadata", {})
+    if live or sys.stderr.isatty():
+        yield sys.stderr
+    elif path := os.environ.get(TERMINAL):
+        with open(path, "w", encoding="utf-8") as terminal:
+            yield terminal
+    else:
+        yield None
 
 
 def stream(seed, purpose):
