@@ -8,6 +8,7 @@ import argparse
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -22,10 +23,11 @@ from helpers.stored import NotebookError
 
 TEMPLATES = Path(__file__).parent / "show"
 LISTING = 15  # lines of a library's source; a longer one is folded
-APART = ["a", "code", "h1", "h2", "math", "pre", "script", "style", "title"]  # no running text
+APART = ["a", "code", "h1", "h2", "math"]  # and what has one of these classes is no running text
+CODE = ["highlight", "references"]
 SECTION = re.compile(r"(?<![\w.+-])[1-9]\.\d{1,2}(?![\w.]*\d|\s?%)")
 REFERENCE = re.compile(r"(?:[A-Z]\. )?([^,;(]+ (?:19|20)\d\d)\b")  # begins with names and a year
-NUMBER = r"[+−-]?\d[\d.,]*(?:–\d[\d.,]*)?"
+NUMBER = r"[+−-]?\d[\d.,]*(?:e-?\d+)?(?:–\d[\d.,]*)?"
 # a number with its unit and its interval, which stay on one line
 WHOLE = re.compile(rf"{NUMBER}(?: (?:%|[kMG]B\b|[mb]illion\b))?(?: ?\[{NUMBER}, {NUMBER}\])?")
 
@@ -54,7 +56,7 @@ def build(readme, notebooks, folder):
     OSError
         If the folder cannot be written.
     """
-    books = {path: stored.read(path) for path in notebooks}
+    books = {path: _naming(path, stored.read, path) for path in notebooks}
     books = {notebooks[0].with_name("index"): _index(readme, books)} | books
     missing = [told for path, nb in books.items() for told in _prepare(path, nb)]
     titles = [nb.cells[0].source.partition("\n")[0].lstrip("# ") for nb in books.values()]
@@ -65,21 +67,18 @@ def build(readme, notebooks, folder):
     soups = {}
     for at, (path, nb) in enumerate(books.items()):
         turn = {"before": links[max(at - 1, 0) : at], "after": links[at + 1 : at + 2]}
-        soups[links[at][0]] = _render(path, nb, {"links": links, "at": at, "turn": turn})
-    sections = {
-        found[0]: f"{href}#{head['id']}"
-        for href, soup in soups.items()
-        for head in soup.select("h2[id]")
-        if (found := SECTION.match(head.text))
-    }
-
-    def fill(new):
-        for href, soup in soups.items():
-            _finish(soup, {name: link.removeprefix(href) for name, link in sections.items()})
-            (new / href).write_text(str(soup), encoding="utf-8")
-
-    files.replace_folder(folder, fill)
+        around = {"links": links, "at": at, "turn": turn}
+        soups[links[at][0]] = _naming(path, _render, path, nb, around)
+    files.replace_folder(folder, partial(_write, soups))
     return missing
+
+
+def _naming(path, function, *args):
+    """Call a function; a refusal names the file."""
+    try:
+        return function(*args)
+    except NotebookError as error:
+        raise NotebookError(f"{path}: {error}") from None
 
 
 def _index(readme, books):
@@ -138,10 +137,20 @@ def _render(path, nb, around):
 
     exporter = HTMLExporter(template_name="html", extra_template_basedirs=[str(TEMPLATES)])
     exporter.register_filter("markdown2html", markdown)
-    try:
-        return BeautifulSoup(exporter.from_notebook_node(nb, around)[0], "html.parser")
-    except NotebookError as error:
-        raise NotebookError(f"{path}: {error}") from None
+    return BeautifulSoup(exporter.from_notebook_node(nb, around)[0], "html.parser")
+
+
+def _write(soups, folder):
+    """Write pages, when all are there: a section may be in another page than its mention."""
+    sections = {
+        found[0]: f"{href}#{head['id']}"
+        for href, soup in soups.items()
+        for head in soup.select("h2[id]")
+        if (found := SECTION.match(head.text))
+    }
+    for href, soup in soups.items():
+        _finish(soup, {name: link.removeprefix(href) for name, link in sections.items()})
+        (folder / href).write_text(str(soup), encoding="utf-8")
 
 
 def _finish(soup, links):
@@ -164,7 +173,7 @@ def _finish(soup, links):
     names = re.compile("|".join([SECTION.pattern, *map(re.escape, cited)]))
     links = links | cited
     _mark(soup, names, ".text", lambda text: text in links and ("a", {"href": links[text]}))
-    _mark(soup, WHOLE, "main", lambda text: {*" –"} & {*text} and ("span", {"class": "n"}))
+    _mark(soup, WHOLE, "main", lambda text: {*" –-"} & {*text} and ("span", {"class": "n"}))
 
 
 def _references(soup):
@@ -185,7 +194,7 @@ def _references(soup):
 def _mark(soup, pattern, within, tag_of):
     """Put what a pattern finds in running text into the tags that `tag_of` names, or none."""
     for node in [n for part in soup.select(within) for n in part.find_all(string=pattern)]:
-        if node.find_parent(APART) or node.find_parent(class_="references"):
+        if node.find_parent(APART) or node.find_parent(class_=CODE):
             continue
         pieces, at = [], 0
         for found in pattern.finditer(node):
