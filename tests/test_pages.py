@@ -37,6 +37,7 @@ def opened(driver, folder, name, width=1280, **how):
     return driver
 
 
+@pytest.fixture(scope="module")
 def soups(folder):
     return {
         n: BeautifulSoup((folder / n).read_text(encoding="utf-8"), "html.parser") for n in NAMES
