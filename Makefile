@@ -19,15 +19,11 @@ export OMP_NUM_THREADS ?= 1
 export MKL_NUM_THREADS ?= $(OMP_NUM_THREADS)
 export OPENBLAS_NUM_THREADS ?= $(OMP_NUM_THREADS)
 
-# nbconvert shows source code in outputs in a text font, and solutions unfolded: they open under the mouse
-CSS := .jp-RenderedMarkdown pre { font-family: monospace; line-height: 1.25 } \
-  .celltag_solution:not(:hover) { max-height: 2em; overflow: hidden; opacity: 0.4 }
-
 .DEFAULT_GOAL := help
-.PHONY: help execute picture test style unit check nbval drift lab html format bench people lock clean
+.PHONY: help execute picture test style unit check nbval drift lab lab-test html format bench people lock clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
 execute: $(READY) ## run the notebooks top to bottom and store their outputs (ARGS="-p name value" writes to build/ only)
 	$(RUN) helpers.execute --timeout 1800 $(NOTEBOOKS) --jobs $(JOBS) $(ARGS)
@@ -66,9 +62,11 @@ drift: $(READY) ## nbval again under other instruction sets, two threads: output
 lab: $(READY) ## JupyterLab on the notebooks
 	$(VENV)/bin/jupyter lab notebooks
 
-html: $(READY) ## render the stored notebooks to build/html
-	$(VENV)/bin/jupyter nbconvert --to html --embed-images --output-dir build/html $(NOTEBOOKS)
-	@sed -i.bak 's#</head>#<style>$(CSS)</style></head>#' build/html/*.html && rm build/html/*.bak
+lab-test: $(READY) ## Run All on each notebook in JupyterLab itself, in a browser, with first-look parameters
+	LAB_NOTEBOOKS="$(basename $(notdir $(NOTEBOOKS)))" $(RUN) pytest tests/test_lab.py
+
+html: $(READY) ## pages to read offline: build/html/index.html
+	$(RUN) helpers.pages README.md $(NOTEBOOKS)
 
 format: $(READY) ## format the code, notebooks included
 	$(RUN) ruff check --fix .
