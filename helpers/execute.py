@@ -3,9 +3,11 @@
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -100,6 +102,10 @@ def execute(path, values=None, *, until=None, timeout=600):
     target = (folder.parent / "build" / path.name) if aside else path
     if unknown := sorted(set(values or ()) - set(parameters(nb))):
         raise NotebookError(f"unknown parameters {unknown}")
+    for name, value in (values or {}).items():
+        if not stored.settable(value):
+            told = "text, numbers, truth values, lists and dicts of them can be"
+            raise NotebookError(f"parameter {name} = {value!r} cannot be set from outside: {told}")
     if until is not None:
         ids = [cell.id for cell in nb.cells]
         if until not in ids:
@@ -158,9 +164,7 @@ def main(argv=None):
         shared = [a for pair in pairs for a in ("-p", *pair)] + ["--timeout", str(args.timeout)]
         shared += ["--until", args.until] if args.until else []
         command = [sys.executable, "-m", "helpers.execute", *shared]
-        with ThreadPoolExecutor(max(args.jobs, 1)) as pool:
-            runs = [pool.submit(subprocess.run, [*command, str(p)]) for p in args.notebooks]
-        return int(any(run.result().returncode for run in runs))
+        return _together([[*command, str(path)] for path in args.notebooks], args.jobs)
     failed = 0
     for path, parsed in values.items():
         try:
@@ -196,6 +200,29 @@ def _pairs(argv):
         pairs.append(rest[at + 1 : at + 3])
         del rest[at : at + 3]
     return pairs, rest
+
+
+def _together(commands, jobs):
+    """Run commands, some at a time; an interrupt reaches each once, and no other one starts.
+
+    A terminal's Ctrl-C would reach them as well as this process: they are in groups of their own.
+    """
+    children, stopped = [], threading.Event()
+
+    def _one(command):
+        if not stopped.is_set():
+            children.append(subprocess.Popen(command, start_new_session=True))
+            return children[-1].wait()
+
+    with ThreadPoolExecutor(max(jobs, 1)) as pool:
+        runs = [pool.submit(_one, command) for command in commands]
+        try:
+            return int(any([run.result() for run in runs]))
+        except KeyboardInterrupt:
+            stopped.set()
+            for child in children:
+                child.send_signal(signal.SIGINT)
+            raise
 
 
 def _check(path):
@@ -319,4 +346,7 @@ def _joined(outputs):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("interrupted: notebooks that were not finished are as they were")

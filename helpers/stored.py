@@ -141,6 +141,25 @@ def parse_parameters(nb, pairs):
     return values
 
 
+def settable(value):
+    """Tell whether papermill writes a value into a notebook as it is: it makes text of others.
+
+    Parameters
+    ----------
+    value : object
+
+    Returns
+    -------
+    bool
+        Of text, numbers, truth values, None, lists of them, and dicts with texts for keys.
+    """
+    if isinstance(value, dict):
+        return all(isinstance(k, str) and settable(v) for k, v in value.items())
+    if isinstance(value, list):
+        return all(map(settable, value))
+    return value is None or isinstance(value, str | int | float)
+
+
 def canonical(nb):
     """Return the text of a notebook with nothing in it that differs from run to run.
 
