@@ -281,7 +281,7 @@ def _as_it_ran(nb, problem):
             continue
         notes = cell.metadata.get("papermill", {})
         started += notes.get("start_time") is not None
-        cell.outputs = _joined(cell.outputs)
+        cell.outputs = stored.joined(cell.outputs)
         failed = notes.get("exception") or any(o.output_type == "error" for o in cell.outputs)
         if failed and "raises-exception" not in tags and not problem:
             problem = f" failed\n{cell.source}\n\n{_told(cell)}"
@@ -324,25 +324,6 @@ def _told(cell):
     lines = [line for o in cell.outputs for line in o.get("traceback", [])]
     lines = lines or [o.text for o in cell.outputs if o.get("name") == "stderr"]
     return COLOUR.sub("", "\n".join(lines))[-5000:] or "no traceback"
-
-
-def _joined(outputs):
-    """Return outputs with each stream in one piece, as a terminal shows its carriage returns.
-
-    In linear time, which nbclient's own way is not for long lines.
-    """
-    joined, streams = [], {}
-    for output in outputs:
-        name = output.get("name")
-        if name not in streams:
-            joined.append(output)
-        if name:
-            streams.setdefault(name, []).append(output.text)
-    for output in joined:
-        if name := output.get("name"):
-            lines = "".join(streams[name]).split("\n")
-            output.text = "\n".join(x[x.rstrip("\r").rfind("\r") + 1 :] for x in lines)
-    return joined
 
 
 if __name__ == "__main__":

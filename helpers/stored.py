@@ -199,6 +199,33 @@ def canonical(nb):
     return nbformat.v4.writes(nb) + "\n"
 
 
+def joined(outputs):
+    """Return outputs with each stream in one piece, as a terminal shows its carriage returns.
+
+    In linear time, which nbclient's own way is not for long lines.
+
+    Parameters
+    ----------
+    outputs : list of NotebookNode
+
+    Returns
+    -------
+    list of NotebookNode
+    """
+    kept, streams = [], {}
+    for output in outputs:
+        name = output.get("name")
+        if name not in streams:
+            kept.append(output)
+        if name:
+            streams.setdefault(name, []).append(output.text)
+    for output in kept:
+        if name := output.get("name"):
+            lines = "".join(streams[name]).split("\n")
+            output.text = "\n".join(x[x.rstrip("\r").rfind("\r") + 1 :] for x in lines)
+    return kept
+
+
 def faults(nb):
     """List what is wrong with a notebook's stored outputs, as sentences; none if it is sound.
 
