@@ -51,8 +51,9 @@ style: $(READY) ## lint, format and docstrings
 unit: $(READY) ## unit tests
 	$(RUN) pytest -n $(JOBS) tests
 
-check: $(READY) ## canonical form of the stored notebooks, without running them
+check: $(READY) ## canonical form and house rules of the stored notebooks, without running them
 	$(RUN) helpers.execute --check $(NOTEBOOKS)
+	$(RUN) tests.lint $(NOTEBOOKS)
 
 nbval: $(READY) ## run each notebook again and compare every output, figures included
 	$(RUN) pytest -n $(JOBS) --dist loadfile -p tests.gate --nbval --nbval-current-env --nbval-cell-timeout 1800 $(NOTEBOOKS)
