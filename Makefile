@@ -47,17 +47,15 @@ style: $(READY) ## lint, format and docstrings
 unit: $(READY) ## unit tests
 	$(RUN) pytest -n $(JOBS) tests
 
-check: $(READY) ## canonical form of the stored notebooks, without running them
+check: $(READY) ## canonical form and house rules of the stored notebooks, without running them
 	$(RUN) helpers.execute --check $(NOTEBOOKS)
+	$(RUN) tests.lint $(NOTEBOOKS)
 
 nbval: $(READY) ## run each notebook again and compare every output, figures included
 	$(RUN) pytest -n $(JOBS) --dist loadfile -p tests.gate --nbval --nbval-current-env --nbval-cell-timeout 1800 $(NOTEBOOKS)
 
-drift: $(READY) ## nbval again under other instruction sets, two threads: outputs must not move
-	ATEN_CPU_CAPABILITY=default $(MAKE) nbval
-	ATEN_CPU_CAPABILITY=avx2 $(MAKE) nbval
-	MKL_CBWR=COMPATIBLE $(MAKE) nbval
-	OMP_NUM_THREADS=2 $(MAKE) nbval
+drift: $(READY) ## the notebooks under other instruction sets, threads, workers, caches: what differs (ARGS="-p n_seeds 3" for a first look)
+	$(RUN) tests.drift $(NOTEBOOKS) --jobs $(JOBS) $(ARGS)
 
 lab: $(READY) ## JupyterLab on the notebooks
 	$(VENV)/bin/jupyter lab notebooks

@@ -3,9 +3,11 @@
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -102,6 +104,10 @@ def execute(path, values=None, *, until=None, timeout=600):
     target = (folder.parent / "build" / path.name) if aside else path
     if unknown := sorted(set(values or ()) - set(parameters(nb))):
         raise NotebookError(f"unknown parameters {unknown}")
+    for name, value in (values or {}).items():
+        if not stored.settable(value):
+            told = "text, numbers, truth values, lists and dicts of them can be"
+            raise NotebookError(f"parameter {name} = {value!r} cannot be set from outside: {told}")
     if until is not None:
         ids = [cell.id for cell in nb.cells]
         if until not in ids:
@@ -160,12 +166,7 @@ def main(argv=None):
         shared = [a for pair in pairs for a in ("-p", *pair)] + ["--timeout", str(args.timeout)]
         shared += ["--until", args.until] if args.until else []
         command = [sys.executable, "-m", "helpers.execute", *shared]
-        with ThreadPoolExecutor(max(args.jobs, 1)) as pool:
-            env = os.environ | {TERMINAL: ""}  # their bars would overwrite each other
-            runs = [
-                pool.submit(subprocess.run, [*command, str(p)], env=env) for p in args.notebooks
-            ]
-        return int(any(run.result().returncode for run in runs))
+        return _together([[*command, str(path)] for path in args.notebooks], args.jobs)
     failed = 0
     for path, parsed in values.items():
         try:
@@ -201,6 +202,30 @@ def _pairs(argv):
         pairs.append(rest[at + 1 : at + 3])
         del rest[at : at + 3]
     return pairs, rest
+
+
+def _together(commands, jobs):
+    """Run commands, some at a time; an interrupt reaches each once, and no other one starts.
+
+    A terminal's Ctrl-C would reach them as well as this process: they are in groups of their own.
+    """
+    children, stopped = [], threading.Event()
+
+    def _one(command):
+        if not stopped.is_set():
+            env = os.environ | {TERMINAL: ""}  # their bars would overwrite each other
+            children.append(subprocess.Popen(command, start_new_session=True, env=env))
+            return children[-1].wait()
+
+    with ThreadPoolExecutor(max(jobs, 1)) as pool:
+        runs = [pool.submit(_one, command) for command in commands]
+        try:
+            return int(any([run.result() for run in runs]))
+        except KeyboardInterrupt:
+            stopped.set()
+            for child in children:
+                child.send_signal(signal.SIGINT)
+            raise
 
 
 def _check(path):
@@ -259,7 +284,7 @@ def _as_it_ran(nb, problem):
             continue
         notes = cell.metadata.get("papermill", {})
         started += notes.get("start_time") is not None
-        cell.outputs = _joined(cell.outputs)
+        cell.outputs = stored.joined(cell.outputs)
         failed = notes.get("exception") or any(o.output_type == "error" for o in cell.outputs)
         if failed and "raises-exception" not in tags and not problem:
             problem = f" failed\n{cell.source}\n\n{_told(cell)}"
@@ -304,24 +329,8 @@ def _told(cell):
     return COLOUR.sub("", "\n".join(lines))[-5000:] or "no traceback"
 
 
-def _joined(outputs):
-    """Return outputs with each stream in one piece, as a terminal shows its carriage returns.
-
-    In linear time, which nbclient's own way is not for long lines.
-    """
-    joined, streams = [], {}
-    for output in outputs:
-        name = output.get("name")
-        if name not in streams:
-            joined.append(output)
-        if name:
-            streams.setdefault(name, []).append(output.text)
-    for output in joined:
-        if name := output.get("name"):
-            lines = "".join(streams[name]).split("\n")
-            output.text = "\n".join(x[x.rstrip("\r").rfind("\r") + 1 :] for x in lines)
-    return joined
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("interrupted: notebooks that were not finished are as they were")

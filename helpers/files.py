@@ -1,8 +1,10 @@
 """Files that a crash or a full disk leaves as they were."""
 
+import ctypes
 import errno
 import os
 import shutil
+import sys
 import threading
 from pathlib import Path
 
@@ -48,21 +50,46 @@ def write(path, data):
 def replace_folder(folder, fill):
     """Fill a new folder beside `folder`, and only then take its place.
 
+    On Linux the two are exchanged in one step, so that a kill at any moment leaves one of them
+    whole in its place. Elsewhere it can leave the old one beside, as ``.NAME-*.old``.
+
     Parameters
     ----------
     folder : str or Path
         What it holds is lost; it need not be there.
     fill : callable
         ``fill(new)`` writes into the new folder. Where it fails, `folder` is as before.
+
+    Raises
+    ------
+    OSError
+        If `folder` is no folder, or cannot be written.
     """
     target = Path(os.path.realpath(folder))
-    new, old = (target.with_name(f".{target.name}-{os.getpid()}.{k}") for k in ("new", "old"))
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "is there already and no folder", str(folder))
+    mark = f"{os.getpid()}-{threading.get_ident()}"
+    new, old = (target.with_name(f".{target.name}-{mark}.{kind}") for kind in ("new", "old"))
     try:
         new.mkdir(parents=True)
         fill(new)
-        if target.exists():
-            target.rename(old)
-        new.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+        if not _exchanged(new, target):
+            if target.exists():
+                target.rename(old)
+            new.rename(target)
+    except OSError as error:  # of a file in the new folder, of which a caller knows nothing
+        raise OSError(error.errno, error.strerror or str(error), str(folder)) from None
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        if old.exists() and not target.exists():
+            old.rename(target)
+        for left in (new, old):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _exchanged(new, target):
+    """Exchange two folders in one step; return False where there is one only, or no such call."""
+    call = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return call is not None and not call(
+        here, os.fsencode(new), here, os.fsencode(target), exchange
+    )

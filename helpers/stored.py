@@ -141,6 +141,25 @@ def parse_parameters(nb, pairs):
     return values
 
 
+def settable(value):
+    """Tell whether papermill writes a value into a notebook as it is: it makes text of others.
+
+    Parameters
+    ----------
+    value : object
+
+    Returns
+    -------
+    bool
+        Of text, numbers, truth values, None, lists of them, and dicts with texts for keys.
+    """
+    if isinstance(value, dict):
+        return all(isinstance(k, str) and settable(v) for k, v in value.items())
+    if isinstance(value, list):
+        return all(map(settable, value))
+    return value is None or isinstance(value, str | int | float)
+
+
 def canonical(nb):
     """Return the text of a notebook with nothing in it that differs from run to run.
 
@@ -178,6 +197,33 @@ def canonical(nb):
     nb.metadata.kernelspec = {"display_name": "Python 3", "language": "python", "name": "python3"}
     nb.metadata.language_info = {"name": "python"}
     return nbformat.v4.writes(nb) + "\n"
+
+
+def joined(outputs):
+    """Return outputs with each stream in one piece, as a terminal shows its carriage returns.
+
+    In linear time, which nbclient's own way is not for long lines.
+
+    Parameters
+    ----------
+    outputs : list of NotebookNode
+
+    Returns
+    -------
+    list of NotebookNode
+    """
+    kept, streams = [], {}
+    for output in outputs:
+        name = output.get("name")
+        if name not in streams:
+            kept.append(output)
+        if name:
+            streams.setdefault(name, []).append(output.text)
+    for output in kept:
+        if name := output.get("name"):
+            lines = "".join(streams[name]).split("\n")
+            output.text = "\n".join(x[x.rstrip("\r").rfind("\r") + 1 :] for x in lines)
+    return kept
 
 
 def faults(nb):

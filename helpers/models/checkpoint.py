@@ -146,7 +146,10 @@ def read_bert(folder):
         raise ValueError(f"{folder} is no checkpoint, or a damaged one: {error}") from None
     state = dict(map(_renamed, tensors.items()))
     state.pop(None, None)
-    return _sizes(config, folder), state
+    sizes = _sizes(config, folder)
+    if sizes["n_layers"] > len(state):
+        raise ValueError(f"{folder} holds {len(state)} tensors, too few for num_hidden_layers")
+    return sizes, state
 
 
 def save_bert(encoder, folder, like):
@@ -242,5 +245,15 @@ def _sizes(config, folder):
     }
     if missing := [key for key in sizes.values() if key not in config]:
         raise ValueError(f"{folder}: config.json lacks {missing[0]!r}")
+    for key in sizes.values():
+        if type(config[key]) is not int or not 1 <= config[key] <= 2**24:
+            raise ValueError(
+                f"{folder}: {key} is {config[key]!r}, it must be a whole number above 0"
+            )
+    d, heads = config["hidden_size"], config["num_attention_heads"]
+    if d % heads:
+        raise ValueError(f"{folder}: hidden_size {d} is no multiple of num_attention_heads {heads}")
     eps = config.get("layer_norm_eps", 1e-12)
+    if type(eps) not in (int, float) or not 0 <= eps < 1:
+        raise ValueError(f"{folder}: layer_norm_eps is {eps!r}, it must be from 0 to below 1")
     return {name: config[key] for name, key in sizes.items()} | {"eps": eps}

@@ -251,8 +251,9 @@ class Encoder(nn.Module):
             tensor is missing, unexpected, of another shape or not finite; it is named.
         """
         sizes, state = read_bert(folder)
+        with torch.device("meta"):  # compared before any memory is taken
+            check_state(state, cls(**sizes).state_dict(), folder)
         encoder = cls(**sizes, dropout=dropout)
-        check_state(state, encoder.state_dict(), folder)
         encoder.load_state_dict(state)
         return encoder.eval()
 

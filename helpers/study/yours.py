@@ -5,6 +5,7 @@ import csv
 import html
 import io
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -56,10 +57,10 @@ def deliver(folder, model, texts, *, advice, figure):
 
     `model` is a fitted `FineTuner`, `texts` what `read_texts` returned. Each text without a label
     gets a line: its row in the file, its label, the probability of that label. The page holds the
-    `advice`, the `figure` and counts, and no text. Returns the labels, one for each such text.
+    `advice`, the `figure` and counts, and no text. All three are there together or as before, and
+    what else is in the folder stays. Returns the labels, one for each such text.
     """
-    folder, left = Path(folder), (texts.y == -1).nonzero()[:, 0].tolist()
-    model.save(folder / "model")
+    left = (texts.y == -1).nonzero()[:, 0].tolist()
     shares = model.predict_proba([texts.texts[i] for i in left]) if left else []
     labels = [model.classes_[p.argmax()] for p in shares]
     table = io.StringIO(newline="")
@@ -67,7 +68,6 @@ def deliver(folder, model, texts, *, advice, figure):
     lines.writerow(["row", "label", "probability"])
     for i, label, share in zip(left, labels, shares, strict=True):
         lines.writerow([texts.rows[i] if texts.rows else i, label, f"{share.max():.4f}"])
-    files.write(folder / "predictions.csv", table.getvalue().encode())
     image = io.BytesIO()
     figure.savefig(image, format="png", metadata={"Software": None})
     known, found = Counter(texts.y.tolist()), Counter(labels)
@@ -83,7 +83,17 @@ def deliver(folder, model, texts, *, advice, figure):
         ),
         notes="".join(f"<p>{html.escape(note)}</p>" for note in texts.notes),
     )
-    files.write(folder / "report.html", page.encode())
+
+    def _fill(new):
+        ours = {"model", "predictions.csv", "report.html"}
+        for path in (p for p in Path(folder).glob("*") if p.name not in ours):
+            copy = shutil.copytree if path.is_dir() else shutil.copy2
+            copy(path, new / path.name)
+        model.save(new / "model")
+        files.write(new / "predictions.csv", table.getvalue().encode())
+        files.write(new / "report.html", page.encode())
+
+    files.replace_folder(folder, _fill)
     return labels
 
 
