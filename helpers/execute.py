@@ -93,8 +93,6 @@ def execute(path, values=None, *, until=None, timeout=600):
         If the result has no place to be stored, before anything runs.
     """
     nb = stored.read(path)
-    if any("injected-parameters" in c.metadata.get("tags", []) for c in nb.cells):
-        raise NotebookError("holds a cell of injected parameters from an earlier run: delete it")
     folder = path.resolve().parent
     aside = bool(values or until)  # a reader's own run
     target = (folder.parent / "build" / path.name) if aside else path

@@ -18,7 +18,8 @@ OF_A_RUN = {"execution", "papermill", "ExecuteTime"}  # metadata of cells that r
 LARGEST = 10_000_000  # characters of one cell's outputs
 TRACES = re.compile(r"/(?:home|root|tmp|Users)/\S+|\b0x[0-9a-f]{6,}\b")  # of one machine
 WIDGET = "application/vnd.jupyter.widget-view+json"  # names a model by a random number
-PRINTING = {"print", "display", "show_source", "show_table"}
+RECORD = "application/vnd.transfer-peft.record+json"  # what a run is about, for sweeps
+PRINTING = {"print", "display", "record", "show_source", "show_table"}
 PERHAPS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda  # may not run
 PERHAPS |= ast.If | ast.IfExp | ast.While | ast.ExceptHandler | ast.BoolOp
 
@@ -82,8 +83,12 @@ def parameters(nb):
     Raises
     ------
     NotebookError
-        If several cells carry the tag, or an assignment is not ``name = literal``.
+        If several cells carry the tag, an assignment is not ``name = literal``, or a run has left
+        a cell of its own.
     """
+    tags = [tag for cell in nb.cells for tag in cell.metadata.get("tags", [])]
+    if "injected-parameters" in tags:
+        raise NotebookError("holds a cell of injected parameters from an earlier run: delete it")
     tagged = [c for c in nb.cells if "parameters" in c.metadata.get("tags", [])]
     if len(tagged) > 1:
         raise NotebookError(f"{len(tagged)} cells are tagged 'parameters', expected one")
@@ -178,6 +183,32 @@ def canonical(nb):
     nb.metadata.kernelspec = {"display_name": "Python 3", "language": "python", "name": "python3"}
     nb.metadata.language_info = {"name": "python"}
     return nbformat.v4.writes(nb) + "\n"
+
+
+def recorded(outputs):
+    """Return what was recorded in the outputs of a run.
+
+    Parameters
+    ----------
+    outputs : iterable of dict
+
+    Returns
+    -------
+    dict of str to int, float, bool or str
+
+    Raises
+    ------
+    NotebookError
+        If nothing was, or a name twice.
+    """
+    found = {}
+    for values in (o["data"][RECORD] for o in outputs if RECORD in o.get("data", {})):
+        if twice := sorted(set(values) & set(found)):
+            raise NotebookError(f"recorded {twice[0]!r} twice: one run has one value of a name")
+        found |= values
+    if not found:
+        raise NotebookError("recorded nothing: call helpers.show.record(name=value) in one cell")
+    return found
 
 
 def faults(nb):

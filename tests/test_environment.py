@@ -25,9 +25,10 @@ PINS = {canonicalize_name(r.name): r for r in map(Requirement, PIP[:-1])}
 EXTRAS = PROJECT["optional-dependencies"].values()
 WANTED = sorted({*PROJECT["dependencies"], *(line for extra in EXTRAS for line in extra)})
 # a room imports from rooms before its own only, and a module of a room from modules before it, so
-# there is no cycle; nobody imports execute
+# there is no cycle; of execute only other commands take something
 ROOMS = [
     "files",
+    "stored",
     "data",
     "models",
     "training",
@@ -35,8 +36,9 @@ ROOMS = [
     "finetuner",
     "study",
     "show",
-    "stored",
     "execute",
+    "warm",
+    "sweep",
 ]
 ORDER = {
     "data": "rows tasks embeddings texts",
@@ -46,7 +48,7 @@ ORDER = {
     " arithmetic mixed large recipes",
     "study": "seeds verdicts decide tuning published part1 part1_domain part2 spectrum"
     " yours part3 part3_adapters",
-    "show": "tables drawings figures costs",
+    "show": "records tables drawings figures costs",
 }
 
 
