@@ -24,7 +24,7 @@ CSS := .jp-RenderedMarkdown pre { font-family: monospace; line-height: 1.25 } \
   .celltag_solution:not(:hover) { max-height: 2em; overflow: hidden; opacity: 0.4 }
 
 .DEFAULT_GOAL := help
-.PHONY: help execute picture test style unit check nbval drift lab html format bench people lock clean
+.PHONY: help execute picture test style unit check nbval sweep drift lab html format bench people lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -56,6 +56,9 @@ check: $(READY) ## canonical form of the stored notebooks, without running them
 
 nbval: $(READY) ## run each notebook again and compare every output, figures included
 	$(RUN) pytest -n $(JOBS) --dist loadfile -p tests.gate --nbval --nbval-current-env --nbval-cell-timeout 1800 $(NOTEBOOKS)
+
+sweep: $(READY) ## a notebook at each point of a grid: ARGS="notebooks/NAME.ipynb --grid seed=0:100"
+	$(RUN) helpers.sweep $(ARGS)
 
 drift: $(READY) ## nbval again under other instruction sets, two threads: outputs must not move
 	ATEN_CPU_CAPABILITY=default $(MAKE) nbval

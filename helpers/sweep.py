@@ -7,6 +7,7 @@ import importlib.util
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import queue
@@ -55,7 +56,7 @@ def main(argv=None):
         cure = ": pip install -e '.[sweep]'" * isinstance(error, ImportError)
         print(f"{args.notebook}: {error}{cure}", file=sys.stderr)
         return 2
-    todo, told = [i for i, row in enumerate(rows) if row is None], []
+    todo = [i for i, row in enumerate(rows) if row is None]
     earlier, workers = len(rows) - len(todo), min(args.workers or cpu_count(), len(todo) or 1)
     try:
         how = _dask(plan, args.scheduler) if args.scheduler else _here(plan, workers)
@@ -64,7 +65,7 @@ def main(argv=None):
                 rows[i] = row
                 _write(plan.paths[i], plan.points[i], row)
     except (NotebookError, OSError, KeyboardInterrupt) as error:
-        told = f"{error or 'interrupted'}; the same command goes on from here"
+        told = f"{str(error) or 'interrupted'}; the same command goes on from here"
         print(f"{args.notebook}: {told}", file=sys.stderr)
     rows = [row or NOT_RUN for row in rows]
     told = _report(plan, rows)
@@ -137,8 +138,9 @@ def _plan(args, pairs):
     axes = parse_grid(nb, args.grid, fixed)
     if not any(re.search(r"\brecord\(", source) for _, source, _ in cells):
         raise NotebookError("records nothing: call helpers.show.record(name=value) in one cell")
-    for name in (n for n in ("workers", "timeout") if (getattr(args, n) or 1) <= 0):
-        raise NotebookError(f"--{name} {getattr(args, name)} must be positive")
+    for name, value in (("workers", args.workers), ("timeout", args.timeout)):
+        if value is not None and not value > 0:
+            raise NotebookError(f"--{name} {value} must be positive")
     built = folder.parent / "build" / "sweep"
     out = args.out or built / f"{args.notebook.stem}.csv"
     if out.suffix not in (".csv", ".parquet"):
@@ -208,6 +210,8 @@ def _dask(plan, address):
     """Yield how to run points on Dask's workers, and which there are."""
     from distributed import Client  # an extra
 
+    for name in ("distributed", "distributed.client"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # we tell what is lost
     with Client(address, timeout=30) as client:
         client.wait_for_workers(1, timeout=30)
         theirs = client.run(warm.version, on_error="return")

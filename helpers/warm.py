@@ -141,7 +141,7 @@ def failed(error):
     -------
     dict of str to object
     """
-    line = " ".join(str(error).split())[:500]
+    line = " ".join(str(error).split())[:300]
     return {"status": "failed", "seconds": None, "error": line, "recorded": {}}
 
 
