@@ -20,7 +20,7 @@ export MKL_NUM_THREADS ?= $(OMP_NUM_THREADS)
 export OPENBLAS_NUM_THREADS ?= $(OMP_NUM_THREADS)
 
 .DEFAULT_GOAL := help
-.PHONY: help execute picture test style unit check nbval drift lab lab-test html format bench people lock clean
+.PHONY: help execute picture test style unit check nbval sweep drift lab lab-test html format bench people lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -53,6 +53,9 @@ check: $(READY) ## canonical form and house rules of the stored notebooks, witho
 
 nbval: $(READY) ## run each notebook again and compare every output, figures included
 	$(RUN) pytest -n $(JOBS) --dist loadfile -p tests.gate --nbval --nbval-current-env --nbval-cell-timeout 1800 $(NOTEBOOKS)
+
+sweep: $(READY) ## a notebook at each point of a grid: ARGS="notebooks/NAME.ipynb --grid seed=0:100"
+	$(RUN) helpers.sweep $(ARGS)
 
 drift: $(READY) ## the notebooks under other instruction sets, threads, workers, caches: what differs (ARGS="-p n_seeds 3" for a first look)
 	$(RUN) tests.drift $(NOTEBOOKS) --jobs $(JOBS) $(ARGS)

@@ -11,7 +11,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from helpers import files, stored
+from helpers import files, outputs, stored
 from helpers.stored import NotebookError, canonical, faults, parameters, parse_parameters
 
 TERMINAL = "HELPERS_TERMINAL"  # where studies show how far they are; its outputs are not stored
@@ -97,8 +97,6 @@ def execute(path, values=None, *, until=None, timeout=600):
         If the result has no place to be stored, before anything runs.
     """
     nb = stored.read(path)
-    if any("injected-parameters" in c.metadata.get("tags", []) for c in nb.cells):
-        raise NotebookError("holds a cell of injected parameters from an earlier run: delete it")
     folder = path.resolve().parent
     aside = bool(values or until)  # a reader's own run
     target = (folder.parent / "build" / path.name) if aside else path
@@ -284,7 +282,7 @@ def _as_it_ran(nb, problem):
             continue
         notes = cell.metadata.get("papermill", {})
         started += notes.get("start_time") is not None
-        cell.outputs = stored.joined(cell.outputs)
+        cell.outputs = outputs.joined(cell.outputs)
         failed = notes.get("exception") or any(o.output_type == "error" for o in cell.outputs)
         if failed and "raises-exception" not in tags and not problem:
             problem = f" failed\n{cell.source}\n\n{_told(cell)}"

@@ -18,7 +18,7 @@ OF_A_RUN = {"execution", "papermill", "ExecuteTime"}  # metadata of cells that r
 LARGEST = 10_000_000  # characters of one cell's outputs
 TRACES = re.compile(r"/(?:home|root|tmp|Users)/\S+|\b0x[0-9a-f]{6,}\b")  # of one machine
 WIDGET = "application/vnd.jupyter.widget-view+json"  # names a model by a random number
-PRINTING = {"print", "display", "show_source", "show_table"}
+PRINTING = {"print", "display", "record", "show_source", "show_table"}
 PERHAPS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda  # may not run
 PERHAPS |= ast.If | ast.IfExp | ast.While | ast.ExceptHandler | ast.BoolOp
 
@@ -82,8 +82,12 @@ def parameters(nb):
     Raises
     ------
     NotebookError
-        If several cells carry the tag, or an assignment is not ``name = literal``.
+        If several cells carry the tag, an assignment is not ``name = literal``, or a run has left
+        a cell of its own.
     """
+    tags = [tag for cell in nb.cells for tag in cell.metadata.get("tags", [])]
+    if "injected-parameters" in tags:
+        raise NotebookError("holds a cell of injected parameters from an earlier run: delete it")
     tagged = [c for c in nb.cells if "parameters" in c.metadata.get("tags", [])]
     if len(tagged) > 1:
         raise NotebookError(f"{len(tagged)} cells are tagged 'parameters', expected one")
@@ -197,33 +201,6 @@ def canonical(nb):
     nb.metadata.kernelspec = {"display_name": "Python 3", "language": "python", "name": "python3"}
     nb.metadata.language_info = {"name": "python"}
     return nbformat.v4.writes(nb) + "\n"
-
-
-def joined(outputs):
-    """Return outputs with each stream in one piece, as a terminal shows its carriage returns.
-
-    In linear time, which nbclient's own way is not for long lines.
-
-    Parameters
-    ----------
-    outputs : list of NotebookNode
-
-    Returns
-    -------
-    list of NotebookNode
-    """
-    kept, streams = [], {}
-    for output in outputs:
-        name = output.get("name")
-        if name not in streams:
-            kept.append(output)
-        if name:
-            streams.setdefault(name, []).append(output.text)
-    for output in kept:
-        if name := output.get("name"):
-            lines = "".join(streams[name]).split("\n")
-            output.text = "\n".join(x[x.rstrip("\r").rfind("\r") + 1 :] for x in lines)
-    return kept
 
 
 def faults(nb):

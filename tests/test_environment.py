@@ -25,9 +25,11 @@ PINS = {canonicalize_name(r.name): r for r in map(Requirement, PIP[:-1])}
 EXTRAS = PROJECT["optional-dependencies"].values()
 WANTED = sorted({*PROJECT["dependencies"], *(line for extra in EXTRAS for line in extra)})
 # a room imports from rooms before its own only, and a module of a room from modules before it, so
-# there is no cycle; nobody imports execute
+# there is no cycle; of execute only other commands take something
 ROOMS = [
     "files",
+    "stored",
+    "outputs",
     "data",
     "models",
     "training",
@@ -35,9 +37,10 @@ ROOMS = [
     "finetuner",
     "study",
     "show",
-    "stored",
     "pages",
     "execute",
+    "warm",
+    "sweep",
 ]
 ORDER = {
     "data": "rows tasks embeddings texts",
@@ -47,14 +50,14 @@ ORDER = {
     " arithmetic mixed large recipes",
     "study": "seeds verdicts decide tuning published part1 part1_domain part2 spectrum"
     " yours part3 part3_adapters",
-    "show": "tables drawings figures costs",
+    "show": "records tables drawings figures costs",
 }
 
 
 # lines of code outside study/, and of everything: this round's last issue ends at 2,800 and 4,200.
 # The encoder and its texts are in; the toys that they replace, digits, TinyTransformer and the
 # decision on embeddings, go with Parts 2 and 3. Lines of a module, all told, and of a function
-LIBRARY, EVERYTHING, MODULE, FUNCTION = 4_700, 6_085, 350, 40
+LIBRARY, EVERYTHING, MODULE, FUNCTION = 5_230, 6_640, 350, 40
 
 
 def git(*arguments):

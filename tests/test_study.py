@@ -162,7 +162,7 @@ def in_dtype():
 
 
 class KilledWorker(Exception):
-    """Has the name of what Dask raises; `distributed` is not installed."""
+    """Has the name of what Dask raises."""
 
 
 class DaskDistributedBackend:

@@ -7,4 +7,5 @@ from helpers.show.figures import (
     STYLE, look, plot_bands, plot_classes, plot_dots, plot_grid, plot_guide, plot_seeds,
     plot_tradeoff
 )
+from helpers.show.records import record
 from helpers.show.tables import read_gain, read_table, show_source, show_table

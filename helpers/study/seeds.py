@@ -19,6 +19,7 @@ from helpers.training.seeding import LOCK, reproducible
 
 TERMINAL = "HELPERS_TERMINAL"  # the one that a headless run was started from, in its kernel
 DEATHS = ("TerminatedWorkerError", "KilledWorker")  # loky's and Dask's, which may not be installed
+NOBODY = "not run, no worker of Dask's is left"
 
 
 def run_seeds(experiment, seeds, *, workers=None):
@@ -81,9 +82,12 @@ def _runs(experiment, seeds, workers):
         while left:
             futures = _submitted(task, {i: left[i] for i in suspects[:1] or left}, backend, at_once)
             for future in futures:
-                if (error := future.exception()) is None:
+                if (error := _waited(future, backend)) is None:
                     del left[futures[future]]
                     yield futures[future], future.result()
+                elif error == NOBODY:
+                    yield from ((i, (None, NOBODY)) for i in left)
+                    return
                 elif type(error).__name__ not in DEATHS:
                     raise error
             if not suspects:  # the seed that killed its worker, if one did, is among the first
@@ -94,6 +98,18 @@ def _runs(experiment, seeds, workers):
     finally:
         for future in futures:
             future.cancel()
+
+
+def _waited(future, backend):
+    """Return what a future failed with, None or, as Dask waits for ever for workers, NOBODY."""
+    patience, lonely = getattr(backend, "wait_for_workers_timeout", None), 0
+    while lonely < 2:
+        try:
+            error = future.exception(None if patience is None else max(patience, 1))
+            return NOBODY if future.cancelled() else error  # its scheduler is gone
+        except TimeoutError:
+            lonely = 0 if backend.client.ncores() else lonely + 1
+    return NOBODY
 
 
 def _submitted(task, seeds, backend, workers):
