@@ -106,11 +106,11 @@ def answers(url, server, log):
         return False
 
 
-def wait(condition, seconds):
-    """Return what a condition returns as soon as it holds."""
+def wait(condition, seconds, told=str):
+    """Return what a condition returns as soon as it holds; else fail with what `told` says."""
     end = time.monotonic() + seconds
     while not (found := condition()):
-        assert time.monotonic() < end, f"still not so after {seconds} s"
+        assert time.monotonic() < end, f"still not so after {seconds} s: {told()}"
         time.sleep(0.3)
     return found
 
@@ -128,7 +128,7 @@ def run_all(driver, lab, name, seconds):
         assert not state["dialogs"] and not state["errors"], state
         return state["status"] == "idle" and state["ran"] == state["of"]
 
-    wait(finished, seconds)
+    wait(finished, seconds, lambda: driver.execute_script(STATE))
     driver.execute_async_script(
         "jupyterapp.commands.execute('docmanager:save').then(arguments[arguments.length - 1])"
     )
