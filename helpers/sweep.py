@@ -240,7 +240,10 @@ def _done(plan, todo, submit, left):
                 except TimeoutError:  # the result was there, and went with its worker
                     done.put((i, future))
                     raise queue.Empty from None
-                except (Exception, CancelledError) as error:  # no worker, no scheduler
+                except CancelledError:
+                    lost = f"the scheduler is gone, and {len(futures)} points with it"
+                    raise NotebookError(lost) from None
+                except Exception as error:  # workers died of it, or before they started
                     row = warm.failed(f"lost: {type(error).__name__}: {error}")
             except queue.Empty:
                 lonely = 0 if left() else lonely + 1

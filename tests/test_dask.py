@@ -64,7 +64,7 @@ def test_seeds_have_the_same_numbers_on_workers_of_several_threads_and_when_one_
     tmp_path, cluster
 ):
     expected = run_seeds(dask_cluster.drawn, range(8), workers=1)
-    flag, lost = str(tmp_path / "died"), "not run, no worker of Dask's is left"
+    flag, lost = str(tmp_path / "died"), "not run, Dask's workers or their scheduler"
     with distributed.Client(cluster.address) as client:
         client.wait_for_workers(2)
         with parallel_config("dask", wait_for_workers_timeout=1):

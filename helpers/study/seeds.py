@@ -17,7 +17,7 @@ from tqdm import tqdm
 from helpers.training.seeding import LOCK, reproducible
 
 DEATHS = ("TerminatedWorkerError", "KilledWorker")  # loky's and Dask's, which may not be installed
-NOBODY = "not run, no worker of Dask's is left"
+NOBODY = "not run, Dask's workers or their scheduler are gone"
 
 
 def run_seeds(experiment, seeds, *, workers=None):
