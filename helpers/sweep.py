@@ -235,16 +235,22 @@ def _done(plan, todo, submit, left):
         while futures:
             try:
                 i, future = done.get(timeout=PATIENCE)
+                try:
+                    row = future.result(PATIENCE)
+                except TimeoutError:  # the result was there, and went with its worker
+                    done.put((i, future))
+                    raise queue.Empty from None
+                except CancelledError:
+                    lost = f"the scheduler is gone, and {len(futures)} points with it"
+                    raise NotebookError(lost) from None
+                except Exception as error:  # workers died of it, or before they started
+                    row = warm.failed(f"lost: {type(error).__name__}: {error}")
             except queue.Empty:
                 lonely = 0 if left() else lonely + 1
                 if lonely > 1:
                     raise NotebookError(f"no worker is left for {len(futures)} points") from None
                 continue
             del futures[i]
-            try:
-                row = future.result()
-            except (Exception, CancelledError) as error:  # no process, no worker, no scheduler
-                row = warm.failed(f"lost: {type(error).__name__}: {error}")
             bar.update()
             yield i, row
 

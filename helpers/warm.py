@@ -151,10 +151,12 @@ def run_point(cells, folder, timeout, wanted, values):
 
     Parameters
     ----------
-    cells, values, folder, timeout
-        As of `Warm`.
+    cells, folder, timeout
+        As of `Warm` and its `run`.
     wanted : str
         The `version` of whoever asks.
+    values : dict of str to object
+        Parameters to set.
 
     Returns
     -------
@@ -164,11 +166,14 @@ def run_point(cells, folder, timeout, wanted, values):
     if wanted != version():
         return failed("this machine has other helpers or other versions of what they need")
     warm = getattr(MINE, "warm", None)
-    if warm not in LIVE or warm.cells != cells or warm.process.poll() is not None:
-        if warm in LIVE:
-            warm.close()
-        warm = MINE.warm = Warm(cells)
-    return warm.run(values, folder, timeout)
+    try:
+        if warm not in LIVE or warm.cells != cells or warm.process.poll() is not None:
+            if warm in LIVE:
+                warm.close()
+            warm = MINE.warm = Warm(cells)
+        return warm.run(values, folder, timeout)
+    except (RuntimeError, OSError) as error:
+        return failed(f"{type(error).__name__}: {error}")
 
 
 def stop(cells):

@@ -15,9 +15,9 @@ ROOT = Path(__file__).parent.parent
 
 
 class Cluster:
-    """A scheduler's address and its workers' processes, the first with one thread."""
+    """A scheduler's address and its workers' processes, with so many threads each."""
 
-    def __init__(self, folder, *, threads=(1, 3)):
+    def __init__(self, folder, *, threads):
         self.folder, self.processes = folder, []
         self.scheduler = self._start("dask_scheduler", "--host", "127.0.0.1", "--port", "0")
         self.workers = [

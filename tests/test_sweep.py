@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from asyncio import CancelledError
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -346,6 +348,46 @@ def test_a_record_without_its_output_is_a_fault(tmp_path):
 def test_another_machine_with_other_sources_is_refused(tmp_path):
     found = warm.run_point(cells_of(notebook(tmp_path)), str(tmp_path), 9, "another", {})
     assert found["status"] == "failed" and "this machine has other helpers" in found["error"]
+
+
+class Promise(Future):
+    """What Dask promises: done, but the result is fetched, and may be gone with its worker."""
+
+    def __init__(self, *fates):
+        super().__init__()
+        self.fates = list(fates)
+        self.set_result(None)
+
+    def result(self, timeout):
+        fate = self.fates.pop(0)
+        if isinstance(fate, dict):
+            return fate
+        raise fate
+
+
+@pytest.mark.parametrize(
+    "fates, left, told",
+    [
+        ([TimeoutError(), {"status": "ok"}], [], None),
+        ([TimeoutError()] * 3, [], "no worker is left for 1 points"),
+        ([TimeoutError()] * 4 + [{"status": "ok"}], [0, 1, 0, 1], None),
+        ([CancelledError()], [], "the scheduler is gone, and 1 points with it"),
+        ([RuntimeError("4 workers died")], [], "lost: RuntimeError: 4 workers died"),
+    ],
+)
+def test_a_result_that_went_with_its_worker_is_waited_for_as_long_as_a_worker_is_left(
+    monkeypatch, fates, left, told
+):
+    monkeypatch.setattr(sweep, "PATIENCE", 0.01)
+    plan, alive = SimpleNamespace(points=[{}], task=()), iter(left)
+    found = sweep._done(plan, [0], lambda values: Promise(*fates), lambda: next(alive, 0))
+    if told and not told.startswith("lost"):
+        with pytest.raises(NotebookError, match=told):
+            list(found)
+    else:
+        [(i, row)] = found
+        assert i == 0 and row["status"] == ("failed" if told else "ok")
+        assert row.get("error") == told
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])

@@ -3,6 +3,7 @@
 import os
 import sys
 import warnings
+from asyncio import CancelledError
 from contextlib import contextmanager
 from functools import partial
 
@@ -19,7 +20,7 @@ from helpers.training.seeding import LOCK, reproducible
 
 TERMINAL = "HELPERS_TERMINAL"  # the one that a headless run was started from, in its kernel
 DEATHS = ("TerminatedWorkerError", "KilledWorker")  # loky's and Dask's, which may not be installed
-NOBODY = "not run, no worker of Dask's is left"
+NOBODY = "not run, Dask's workers or their scheduler are gone"
 
 
 def run_seeds(experiment, seeds, *, workers=None):
@@ -82,9 +83,10 @@ def _runs(experiment, seeds, workers):
         while left:
             futures = _submitted(task, {i: left[i] for i in suspects[:1] or left}, backend, at_once)
             for future in futures:
-                if (error := _waited(future, backend)) is None:
+                outcome, error = _outcome(future, backend)
+                if error is None:
                     del left[futures[future]]
-                    yield futures[future], future.result()
+                    yield futures[future], outcome
                 elif error == NOBODY:
                     yield from ((i, (None, NOBODY)) for i in left)
                     return
@@ -100,16 +102,22 @@ def _runs(experiment, seeds, workers):
             future.cancel()
 
 
-def _waited(future, backend):
-    """Return what a future failed with, None or, as Dask waits for ever for workers, NOBODY."""
+def _outcome(future, backend):
+    """Return what a future returned and its error: NOBODY where Dask would wait for ever.
+
+    A result that was there may be gone with its worker, so only who has it knows that it is.
+    """
     patience, lonely = getattr(backend, "wait_for_workers_timeout", None), 0
     while lonely < 2:
         try:
-            error = future.exception(None if patience is None else max(patience, 1))
-            return NOBODY if future.cancelled() else error  # its scheduler is gone
+            return future.result(None if patience is None else max(patience, 1)), None
         except TimeoutError:
             lonely = 0 if backend.client.ncores() else lonely + 1
-    return NOBODY
+        except CancelledError:  # its scheduler is gone
+            break
+        except Exception as error:
+            return None, error
+    return None, NOBODY
 
 
 def _submitted(task, seeds, backend, workers):
