@@ -106,11 +106,7 @@ def execute(path, values=None, *, until=None, timeout=600):
         if not stored.settable(value):
             told = "text, numbers, truth values, lists and dicts of them can be"
             raise NotebookError(f"parameter {name} = {value!r} cannot be set from outside: {told}")
-    if until is not None:
-        ids = [cell.id for cell in nb.cells]
-        if until not in ids:
-            raise NotebookError(f"has no cell {until!r} to stop after; there are {', '.join(ids)}")
-        nb.cells = nb.cells[: ids.index(until) + 1]
+    stored.stop_after(nb, until)
     if not aside and (found := stored.markers(nb)):  # before any work is lost
         raise NotebookError("\n".join(found))
     place = target.resolve()

@@ -164,6 +164,27 @@ def settable(value):
     return value is None or isinstance(value, str | int | float)
 
 
+def stop_after(nb, until):
+    """Leave out the cells after one.
+
+    Parameters
+    ----------
+    nb : NotebookNode
+        Changed in place.
+    until : str or None
+        Id of the last cell; None is the notebook's.
+
+    Raises
+    ------
+    NotebookError
+        If there is no such cell.
+    """
+    ids = [cell.id for cell in nb.cells]
+    if until is not None and until not in ids:
+        raise NotebookError(f"has no cell {until!r} to stop after; there are {', '.join(ids)}")
+    nb.cells = nb.cells[: ids.index(until) + 1] if until is not None else nb.cells
+
+
 def canonical(nb):
     """Return the text of a notebook with nothing in it that differs from run to run.
 

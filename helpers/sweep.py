@@ -122,6 +122,7 @@ def _parser():
     parser.add_argument("--grid", action="append", required=True, metavar="NAME=VALUES", help=grid)
     parser.add_argument("-p", nargs=2, metavar=("NAME", "VALUE"), help="a parameter of all points")
     parser.add_argument("--out", type=Path, help="table, .csv or .parquet")
+    parser.add_argument("--until", metavar="CELL", help="id of the last cell to run")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds for each point")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--workers", type=int, help="processes here; default: one for each core")
@@ -132,6 +133,7 @@ def _parser():
 def _plan(args, pairs):
     """Check all that can be checked before a run; return what to run, and where results go."""
     nb, folder = stored.read(args.notebook), args.notebook.resolve().parent
+    stored.stop_after(nb, args.until)
     cells = [c for c in nb.cells if c.cell_type == "code" and c.source.strip()]
     cells = tuple((c.id, c.source, tuple(c.metadata.get("tags", ()))) for c in cells)
     fixed = parse_parameters(nb, pairs)

@@ -213,6 +213,17 @@ TOLD = {
 }
 
 
+def test_a_sweep_may_stop_after_a_cell(tmp_path, capsys):
+    path = notebook(tmp_path, "record(twice=2 * seed)", "raise ValueError('not reached')")
+    command = [str(path), "--grid", "seed=1:3", "--workers", "1"]
+    assert sweep.main([*command, "--until", "cell0"]) == 0
+    assert table(tmp_path).twice.tolist() == [2, 4]
+    assert sweep.main([*command, "--until", "parameters"]) == 2
+    assert sweep.main([*command, "--until", "cell7"]) == 2
+    told = capsys.readouterr().err
+    assert "records nothing" in told and "has no cell 'cell7' to stop after" in told
+
+
 def test_a_failed_point_is_in_the_table_and_only_what_is_not_finished_runs_again(tmp_path, capsys):
     path, ran = notebook(tmp_path, FATES), tmp_path / "ran.log"
     command = [str(path), "--grid", "seed=0:10", "-p", "name", str(tmp_path / "ran")]
