@@ -14,13 +14,15 @@ READY := $(VENV)/ready-$(shell $(PINS) | cksum | tr -d ' ')
 SETFIT_PINS := setfit==1.2.0 datasets==5.2.0
 SETFIT := build/setfit/ready-$(shell { echo $(SETFIT_PINS); $(PINS); } | cksum | tr -d ' ')
 
+NBVAL = -n $(JOBS) --dist loadfile -p tests.gate --nbval --nbval-current-env --nbval-cell-timeout 1800 $(NOTEBOOKS)
+
 # One thread per process: results do not depend on cores, and these models run over ten times faster.
 export OMP_NUM_THREADS ?= 1
 export MKL_NUM_THREADS ?= $(OMP_NUM_THREADS)
 export OPENBLAS_NUM_THREADS ?= $(OMP_NUM_THREADS)
 
 .DEFAULT_GOAL := help
-.PHONY: help execute picture test style unit check nbval sweep drift lab lab-test html format bench people lock clean
+.PHONY: help execute picture test style unit check nbval sweep drift oldest newest versions lab lab-test html format bench people lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -52,13 +54,33 @@ check: $(READY) ## canonical form and house rules of the stored notebooks, witho
 	$(RUN) tests.lint $(NOTEBOOKS)
 
 nbval: $(READY) ## run each notebook again and compare every output, figures included
-	$(RUN) pytest -n $(JOBS) --dist loadfile -p tests.gate --nbval --nbval-current-env --nbval-cell-timeout 1800 $(NOTEBOOKS)
+	$(RUN) pytest $(NBVAL)
 
 sweep: $(READY) ## a notebook at each point of a grid: ARGS="notebooks/NAME.ipynb --grid seed=0:100"
 	$(RUN) helpers.sweep $(ARGS)
 
 drift: $(READY) ## the notebooks under other instruction sets, threads, workers, caches: what differs (ARGS="-p n_seeds 3" for a first look)
 	$(RUN) tests.drift $(NOTEBOOKS) --jobs $(JOBS) $(ARGS)
+
+# What pyproject.toml admits, in environments of their own; torch stays as pinned, since its other
+# versions bring gigabytes of CUDA. Pins have no say there, so their test is left out.
+BOUNDS := import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+  print(*p["dependencies"], *sum(p["optional-dependencies"].values(), []), sep="\n")
+
+oldest: $(READY) ## unit tests and outputs with the lowest versions that pyproject.toml admits
+	@$(MAKE) --silent versions AT=oldest RULE='s/>=/==/'
+
+newest: $(READY) ## unit tests and outputs with the newest versions there are
+	@$(MAKE) --silent versions AT=newest RULE='s/>=.*//'
+
+versions: $(READY)
+	"$(PYTHON)" -m venv --clear build/$(AT)
+	$(VENV)/bin/python -c '$(BOUNDS)' | sed '/^torch>/d; $(RULE)' > build/$(AT)/requirements.txt
+	grep '^torch==' $(VENV)/requirements.txt >> build/$(AT)/requirements.txt
+	build/$(AT)/bin/python -m pip install --quiet --disable-pip-version-check -r build/$(AT)/requirements.txt
+	@export PYTHONPATH="$(CURDIR)"; failed=0; \
+	  build/$(AT)/bin/python -m pytest -n $(JOBS) --ignore tests/test_environment.py tests || failed=1; \
+	  build/$(AT)/bin/python -m pytest $(NBVAL) || failed=1; exit $$failed
 
 lab: $(READY) ## JupyterLab on the notebooks
 	$(VENV)/bin/jupyter lab notebooks

@@ -201,10 +201,14 @@ def test_a_stopped_command_ends_its_kernels_and_starts_no_other(tmp_path, how):
         command = command if how == signal.SIGINT else [*command[:4], *command[5:]]  # one alone
         child = subprocess.Popen(command, cwd=ROOT, stderr=err, start_new_session=True)
         note = paths[0].parent / "pid"
-        wait(lambda: note.exists() and note.read_text())
-        time.sleep(random.uniform(0, 0.5))
-        child.send_signal(how)
-        assert child.wait(60) != 0
+        try:
+            wait(lambda: note.exists() and note.read_text())
+            time.sleep(random.uniform(0, 0.5))
+            child.send_signal(how)
+            assert child.wait(120) != 0
+        finally:
+            child.kill()
+            child.wait()
     wait(lambda: gone(note.read_text()))
     assert [path.read_bytes() for path in paths] == before
     assert not (paths[1].parent / "pid").exists()

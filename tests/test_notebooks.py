@@ -1,6 +1,7 @@
 """The notebooks as users run them: other parameters, bad parameters, prose and its outputs."""
 
 import base64
+import csv
 import re
 from pathlib import Path
 
@@ -270,6 +271,7 @@ CLAIMS = [  # cell of the prose, cell of the output it rests on, what must stand
 
 
 CLAIMS2 = [
+    ("s21", "lora", r"^ +Trainable: .* \(0\.1%\), 1,925 of them in the head$", 1),
     ("memory-look", "memory", r"^this encoder: LoRA takes 45%|^7 billion: LoRA takes 19%", 2),
     ("s26", "rates-ranked", r"^all at 0.000[13]: +top two blocks > .* > OFT$", 2),
     ("s26", "rates-ranked", r"^all at 0\.0(0[13]|[13]): .*> top two blocks$", 4),
@@ -330,6 +332,35 @@ def test_prose_says_what_the_output_says(part, prose, output, line, times):
     lines = "\n".join(texts).splitlines()
     assert cells[prose].cell_type == "markdown"
     assert sum(bool(re.search(line, text)) for text in lines) == times
+
+
+RESULT = re.compile(r"(?<!Part )\b\d[\d.,]* ?(?:%|points?\b|times\b|of (?:the )?\d[\d,]*)")
+SETTINGS = {  # numbers of prose that no output prints: what was set, not what came out
+    "luck-look": {"95 %"},  # of each interval
+    "appendix": {"95 %", "5 %", "75 %"},
+    "s24": {"16 times"},  # LoRA+'s rates
+    "s37": {"0.1 %"},  # any small share
+}
+
+
+def test_every_result_in_prose_stands_in_a_cell_that_is_tied_to_an_output():
+    tied = {(part, claim[0]) for part, claims in OF_PART.items() for claim in claims}
+    loose = []
+    for part in OF_PART:
+        for cell in nbformat.read(part, as_version=4).cells:
+            if cell.cell_type == "markdown" and (part, cell.id) not in tied:
+                found = {*RESULT.findall(cell.source)} - SETTINGS.get(cell.id, set())
+                loose += [f"{part.stem}, {cell.id}: {text}" for text in found]
+    assert loose == ["02_peft_techniques, references: 12 of 14"]  # tied below
+
+
+def test_the_readme_and_the_references_quote_what_was_found():
+    with (ROOT / "tests" / "published_counts.csv").open(encoding="utf-8", newline="") as lines:
+        holds = [row["holds"] != "no" for row in csv.DictReader(lines)]
+    assert (sum(holds), len(holds)) == (12, 14)
+    quoted = RESULT.findall((ROOT / "README.md").read_text("utf-8"))
+    printed = [line.removesuffix(".00%") + " %" for line in SEED if line.endswith(".00%")]
+    assert quoted == [line.split(": ")[1] for line in printed]
 
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", *NOTEBOOKS], ids=lambda p: p.stem)

@@ -213,7 +213,8 @@ def test_a_checkpoint_gives_back_what_was_trained_bit_for_bit(tmp_path_factory, 
 def mutations(draw):
     """Return a function that damages bytes as disks, editors and people do, or exchanges words."""
     kind = draw(st.sampled_from(["flip", "cut", "drop", "twice", "insert", "swap", "zero"]))
-    at, to, odd = draw(st.floats(0, 1)), draw(st.floats(0, 1)), draw(st.binary(max_size=9))
+    at, to = draw(st.integers(0, 999)) / 1000, draw(st.integers(0, 999)) / 1000
+    odd = draw(st.binary(max_size=9))
     words = draw(st.tuples(st.integers(0, 99), st.sampled_from(WORDS)))
 
     def mutate(data):
@@ -256,7 +257,7 @@ def check(load, path, data, same):
 
 def small(seed=0):
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, 2))
+    model = nn.Sequential(nn.Linear(D, 99), nn.Tanh(), nn.Linear(99, 2))
     freeze(model)
     return model
 
@@ -282,7 +283,7 @@ def place(tmp_path_factory):
     return place
 
 
-@STABLE
+@settings(STABLE, max_examples=200)
 @given(mutate=mutations())
 def test_a_mutated_checkpoint_gives_the_same_or_a_sentence_and_changes_nothing(place, mutate):
     data, path = (place / "a.safetensors").read_bytes(), place / "mutated"
