@@ -121,6 +121,8 @@ class Warm:
             self.process.kill()
             self.process.wait()
         with contextlib.suppress(OSError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # what a run without a fork has left
+        with contextlib.suppress(OSError):
             self.folder.cleanup()
 
     forks = True  # until the process says otherwise
@@ -293,8 +295,8 @@ def _point(shell, cells, values, here, scratch):
     os.chdir(here)
     sys.path.insert(0, "")
     os.environ["TMPDIR"], tempfile.tempdir = scratch, None
-    if "numpy" in sys.modules:  # its copies would draw the same where nobody seeds it
-        sys.modules["numpy"].random.seed()
+    if "numpy.random" in sys.modules:  # its copies would draw the same where nobody seeds it
+        sys.modules["numpy.random"].seed()
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115, until the process ends
     start = time.perf_counter()
     for number, (name, source, tags) in enumerate(cells, 1):

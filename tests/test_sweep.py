@@ -163,7 +163,8 @@ def test_a_point_records_what_a_run_of_make_execute_records(tmp_path):
 
 
 LEAKS = [
-    "import os, tempfile, subprocess, sys, time, warnings\nimport numpy as np, torch_like",
+    "import os, tempfile, subprocess, sys, time, warnings\n"
+    "import numpy as np, numpy.random, torch_like",
     "met = [k for k in ('left', 'NEW') if k in globals() or k in os.environ]\n"
     "met += [p for p in ('file.txt', '../build/file.txt', tempfile.gettempdir() + '/file.txt')"
     " if os.path.exists(p)]\n"
