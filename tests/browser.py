@@ -30,6 +30,7 @@ def browser():
     driver = webdriver.Chrome(
         options=options, service=webdriver.ChromeService(executable_path=found["chromedriver"])
     )
+    driver.set_script_timeout(300)  # on a busy machine saving takes its time
     try:
         yield driver
     finally:

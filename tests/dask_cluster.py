@@ -25,7 +25,7 @@ class Cluster:
             for i, n in enumerate(threads)
         ]
         told = folder / "scheduler.json"
-        while not told.exists() and self.scheduler.poll() is None:
+        while not (told.exists() and told.stat().st_size) and self.scheduler.poll() is None:
             time.sleep(0.1)
         self.address = json.loads(told.read_text(encoding="utf-8"))["address"]
 

@@ -91,7 +91,7 @@ def lab(tmp_path_factory):
         server = subprocess.Popen(command, env=kept, cwd=folder, stdout=log, stderr=log)
         try:
             address = f"http://127.0.0.1:{port}"
-            wait(lambda: answers(f"{address}/api", server, place / "log"), 120)
+            wait(lambda: answers(f"{address}/api", server, place / "log"), 300)
             yield address, token, folder
         finally:
             server.terminate()
@@ -120,7 +120,7 @@ def run_all(driver, lab, name, seconds):
     address, token, folder = lab
     emulate(driver, 1280)
     driver.get(f"{address}/lab/workspaces/{Path(name).stem}/tree/{name}?token={token}")
-    wait(lambda: (driver.execute_script(STATE) or {}).get("status") == "idle", 120)
+    wait(lambda: (driver.execute_script(STATE) or {}).get("status") == "idle", 600)
     driver.execute_script("jupyterapp.commands.execute('notebook:run-all-cells'); return null")
 
     def finished():
@@ -154,7 +154,7 @@ def driver():
 
 def test_run_all_in_jupyterlab_runs_a_notebook_of_our_form(driver, lab):
     nbformat.write(with_parameters(small(), {"n_seeds": 5}), lab[2] / "small.ipynb")
-    nb = run_all(driver, lab, "small.ipynb", 120)
+    nb = run_all(driver, lab, "small.ipynb", 600)
     assert in_order(nb)
     found = kinds(nb)
     assert found["bar"] == ["text"] and "image/png" in found["figure"]
