@@ -1,6 +1,7 @@
 """Headless runs: `python -m helpers.execute NOTEBOOKS`, the command behind `make execute`."""
 
 import argparse
+import logging
 import os
 import re
 import signal
@@ -324,6 +325,11 @@ def _told(cell):
 
 
 if __name__ == "__main__":
+    for one in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(one) is signal.SIG_DFL:  # nohup ignores the second
+            signal.signal(one, signal.default_int_handler)  # kernels are ended as by Ctrl-C
+    for name in ("papermill", "traitlets", "asyncio"):  # what goes wrong is told once, and by us
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         sys.exit(main())
     except KeyboardInterrupt:

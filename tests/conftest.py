@@ -1,10 +1,15 @@
 """What several modules of tests start from, and that no test reaches a network."""
 
+import signal
 import socket
 
 import pytest
 
 from tests.small import save_small
+
+# a shell's background jobs ignore Ctrl-C, and so would all that a test starts and interrupts
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LOCAL = {None, "", "localhost", "127.0.0.1", "::1", "0.0.0.0"}
 

@@ -57,7 +57,7 @@ ORDER = {
 # lines of code outside study/, and of everything: this round's last issue ends at 2,800 and 4,200.
 # The encoder and its texts are in; the toys that they replace, digits, TinyTransformer and the
 # decision on embeddings, go with Parts 2 and 3. Lines of a module, all told, and of a function
-LIBRARY, EVERYTHING, MODULE, FUNCTION = 5_250, 6_680, 350, 40
+LIBRARY, EVERYTHING, MODULE, FUNCTION = 5_260, 6_690, 350, 40
 
 
 def git(*arguments):

@@ -176,7 +176,7 @@ def test_what_else_is_beside_results_stays(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["texts"]
 
 
-def wait(condition, seconds=300):
+def wait(condition, seconds=400):
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.05)
@@ -190,7 +190,7 @@ def gone(pid):
         return True
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_command_ends_its_kernels_and_starts_no_other(tmp_path, how):
     source = "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)"
     paths = [notebook(tmp_path, source, name=name) for name in ("one", "two")]
@@ -198,7 +198,7 @@ def test_a_stopped_command_ends_its_kernels_and_starts_no_other(tmp_path, how):
     told = tmp_path / "told"
     command = [sys.executable, "-m", "helpers.execute", *map(str, paths), "--jobs", "1"]
     with told.open("w") as err:
-        command = command if how == signal.SIGINT else [*command[:4], *command[5:]]  # one alone
+        command = command if how != signal.SIGKILL else [*command[:4], *command[5:]]  # one alone
         child = subprocess.Popen(command, cwd=ROOT, stderr=err, start_new_session=True)
         note = paths[0].parent / "pid"
         try:
@@ -207,13 +207,13 @@ def test_a_stopped_command_ends_its_kernels_and_starts_no_other(tmp_path, how):
             child.send_signal(how)
             assert child.wait(300) != 0
         finally:
-            child.kill()
+            child.terminate()
             child.wait()
     wait(lambda: gone(note.read_text()))
     assert [path.read_bytes() for path in paths] == before
     assert not (paths[1].parent / "pid").exists()
     assert [p.name for p in paths[0].parent.iterdir() if p.name != "pid"] == ["a.ipynb"]
-    if how == signal.SIGINT:
+    if how != signal.SIGKILL:
         first, last = told.read_text().splitlines()
         assert first.endswith("code cell 2 was interrupted")
         assert last == "interrupted: notebooks that were not finished are as they were"

@@ -250,9 +250,6 @@ def _sizes(config, folder):
             raise ValueError(
                 f"{folder}: {key} is {config[key]!r}, it must be a whole number above 0"
             )
-    d, heads = config["hidden_size"], config["num_attention_heads"]
-    if d % heads:
-        raise ValueError(f"{folder}: hidden_size {d} is no multiple of num_attention_heads {heads}")
     eps = config.get("layer_norm_eps", 1e-12)
     if type(eps) not in (int, float) or not 0 <= eps < 1:
         raise ValueError(f"{folder}: layer_norm_eps is {eps!r}, it must be from 0 to below 1")
