@@ -15,7 +15,6 @@ from pathlib import Path
 from helpers import files, outputs, stored
 from helpers.stored import NotebookError, canonical, faults, parameters, parse_parameters
 
-TERMINAL = "HELPERS_TERMINAL"  # where studies show how far they are; its outputs are not stored
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # what a user's environment says to Python, IPython, Jupyter and matplotlib about their behaviour
 FOREIGN = re.compile(
@@ -63,7 +62,7 @@ def clean_environment(folder):
     kept = {name: text for name, text in os.environ.items() if not FOREIGN.match(name)}
     inline = "module://matplotlib_inline.backend_inline"
     ours = {"IPYTHONDIR": str(folder), "JUPYTER_RUNTIME_DIR": str(folder), "MPLBACKEND": inline}
-    terminal = {TERMINAL: os.ttyname(2)} if os.name == "posix" and os.isatty(2) else {}
+    terminal = {files.TERMINAL: os.ttyname(2)} if os.name == "posix" and os.isatty(2) else {}
     return terminal | kept | ours
 
 
@@ -208,7 +207,7 @@ def _together(commands, jobs):
 
     def _one(command):
         if not stopped.is_set():
-            env = os.environ | {TERMINAL: ""}  # their bars would overwrite each other
+            env = os.environ | {files.TERMINAL: ""}  # their bars would overwrite each other
             children.append(subprocess.Popen(command, start_new_session=True, env=env))
             return children[-1].wait()
 

@@ -8,6 +8,9 @@ import sys
 import threading
 from pathlib import Path
 
+# a variable of a headless run's kernel: the terminal, on which studies show how far they are
+TERMINAL = "HELPERS_TERMINAL"
+
 
 def write(path, data):
     """Write `data` beside `path`, flush it to the disk, and only then take the file's place.

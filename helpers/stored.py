@@ -179,10 +179,12 @@ def stop_after(nb, until):
     NotebookError
         If there is no such cell.
     """
+    if until is None:
+        return
     ids = [cell.id for cell in nb.cells]
-    if until is not None and until not in ids:
+    if until not in ids:
         raise NotebookError(f"has no cell {until!r} to stop after; there are {', '.join(ids)}")
-    nb.cells = nb.cells[: ids.index(until) + 1] if until is not None else nb.cells
+    nb.cells = nb.cells[: ids.index(until) + 1]
 
 
 def canonical(nb):

@@ -52,6 +52,7 @@ class Warm:
     def __init__(self, cells, *, fork=True):
         self.cells, self.folder = cells, tempfile.TemporaryDirectory(prefix="warm-")
         self.connection, theirs = Pipe()
+        self.forks = True  # until the process says otherwise
         clean = clean_environment(self.folder.name) | dict.fromkeys(THREADS, "1")
         with open(Path(self.folder.name, "log"), "ab") as log:
             self.process = subprocess.Popen(
@@ -124,8 +125,6 @@ class Warm:
             os.killpg(self.process.pid, signal.SIGKILL)  # what a run without a fork has left
         with contextlib.suppress(OSError):
             self.folder.cleanup()
-
-    forks = True  # until the process says otherwise
 
     def _words(self):
         with contextlib.suppress(OSError):

@@ -16,9 +16,9 @@ from joblib.parallel import get_active_backend
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
+from helpers import files
 from helpers.training.seeding import LOCK, reproducible
 
-TERMINAL = "HELPERS_TERMINAL"  # the one that a headless run was started from, in its kernel
 DEATHS = ("TerminatedWorkerError", "KilledWorker")  # loky's and Dask's, which may not be installed
 NOBODY = "not run, Dask's workers or their scheduler are gone"
 
@@ -169,7 +169,7 @@ def _watched():
     live = kernel is not None and "cellId" in kernel.get_parent().get("metadata", {})
     if live or sys.stderr.isatty():
         yield sys.stderr
-    elif path := os.environ.get(TERMINAL):
+    elif path := os.environ.get(files.TERMINAL):
         with open(path, "w", encoding="utf-8") as terminal:
             yield terminal
     else:
