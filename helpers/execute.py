@@ -141,7 +141,7 @@ def main(argv=None):
     int
         0 if all is well, 1 if a notebook failed, 2 if the request is wrong.
     """
-    pairs, rest = _pairs(sys.argv[1:] if argv is None else argv)
+    pairs, rest = take_pairs(sys.argv[1:] if argv is None else argv)
     args = _parser().parse_args(rest)
 
     values = {}
@@ -189,7 +189,7 @@ def _parser():
     return parser
 
 
-def _pairs(argv):
+def take_pairs(argv):
     """Take ``-p name value`` out of a command line: argparse would take ``-1e-3`` for an option."""
     rest, pairs = list(argv), []
     while "-p" in rest and len(rest) > (at := rest.index("-p")) + 2:
@@ -262,7 +262,7 @@ def _run(nb, values, folder, timeout):
             problem = " was interrupted"
         except Exception as error:  # a dead kernel
             log.seek(0)
-            words = _last(log.read().decode(errors="replace").strip())
+            words = last_words(log.read().decode(errors="replace").strip())
             problem = f": {error}; its last words: {words}"
     return _as_it_ran(ran[-1] if ran else nb, problem)
 
@@ -309,7 +309,7 @@ def _kernel(ours, log):
     return Kernel
 
 
-def _last(words):
+def last_words(words):
     """Cut what a dead kernel said to the part that tells why."""
     if (at := words.find("Fatal Python error")) >= 0:
         return words[at : at + 1500]

@@ -23,7 +23,7 @@ from joblib import cpu_count
 from tqdm import tqdm
 
 from helpers import files, stored, warm
-from helpers.execute import _pairs
+from helpers.execute import take_pairs
 from helpers.stored import NotebookError, parameters, parse_parameters
 
 RANGE = re.compile(r"(-?\d+):(-?\d+)(?::(-?\d+))?")
@@ -45,7 +45,7 @@ def main(argv=None):
     int
         0 if all points are finished, 1 if some are not, 2 if the request is wrong.
     """
-    pairs, rest = _pairs(sys.argv[1:] if argv is None else argv)
+    pairs, rest = take_pairs(sys.argv[1:] if argv is None else argv)
     args = _parser().parse_args(rest)
     try:
         plan = _plan(args, pairs)

@@ -24,7 +24,7 @@ import time
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 
-from helpers.execute import PROFILE, _last, clean_environment
+from helpers.execute import PROFILE, clean_environment, last_words
 from helpers.outputs import recorded
 from helpers.stored import NotebookError
 
@@ -128,7 +128,7 @@ class Warm:
 
     def _words(self):
         with contextlib.suppress(OSError):
-            return _last(Path(self.folder.name, "log").read_text(errors="replace").strip())
+            return last_words(Path(self.folder.name, "log").read_text(errors="replace").strip())
         return "none"
 
 

@@ -291,28 +291,35 @@ def test_rows_come_equally_often_and_steps_are_counted(n, steps, batch, monkeypa
     assert often.max() - often.min() <= 1
 
 
+def equal_budgets(steps, folder):
+    """Return what notebook 3 runs for each seed, with as many steps for each technique."""
+    train = part3.Train(dict.fromkeys(FIT, steps))
+    return partial(part2.page, texts="headlines", train=train, told=0, folder=folder)
+
+
 def test_equal_budgets_are_scored_as_trained_one_by_one(folder):
-    steps = dict.fromkeys(FIT, 2)
-    many = part3.equal_budgets(0, rates=DOUBLED, steps=steps, folder=folder)
-    assert many.keys() == {*FIT, "linear probing", "margin"}
+    study = equal_budgets(2, folder)
+    many = study(0, rates=DOUBLED)
+    assert many.keys() == {*FIT, "zero labels", "linear probing", "margin"}
     for name in (LORA, "v alone, whole, 294,912"):
-        one = part3.equal_budgets(0, rates={name: DOUBLED[name]}, steps=steps, folder=folder)
+        one = study(0, rates={name: DOUBLED[name]})
         assert one[name] == many[name] and one["linear probing"] == many["linear probing"]
-    longer = part3.equal_budgets(0, rates=DOUBLED, steps=dict.fromkeys(FIT, 9), folder=folder)
+    longer = equal_budgets(9, folder)(0, rates=DOUBLED)
     assert longer["linear probing"] == many["linear probing"]
     assert any(longer[name] != many[name] for name in FIT)
 
 
 def test_rates_are_chosen_on_rows_that_nothing_else_scores_or_trains_on(folder, monkeypatch):
-    traced, steps, rates = Traced(monkeypatch), dict.fromkeys(FIT, 1), {LORA: (1e-3, 1e-1)}
-    chosen, margin = part3.choose_rates([7, 8], steps=steps, rates=rates, workers=1, folder=folder)
+    traced, rates = Traced(monkeypatch), {LORA: (1e-3, 1e-1)}
+    options = {"train": part3.Train({LORA: 1}), "workers": 1, "folder": folder}
+    chosen, _, margin = part2.try_rates("headlines", [7, 8], rates=rates, **options)
     assert chosen.keys() == rates.keys() and len(margin) == 2
     tuned = traced.trained | traced.scored
     assert len(tuned) > 100 and traced.unknown == traced.named  # by names, without labels
     for seen in (traced.trained, traced.scored):
         seen.clear()
     for seed in range(3):
-        part3.equal_budgets(seed, rates=DOUBLED, steps=steps, folder=folder)
+        equal_budgets(1, folder)(seed, rates=DOUBLED)
     assert len(traced.scored) > 100 and not tuned & (traced.trained | traced.scored)
 
 
@@ -320,9 +327,7 @@ def test_rates_are_chosen_on_rows_that_nothing_else_scores_or_trains_on(folder, 
 def test_seeds_give_the_same_numbers_in_any_process(name, folder):
     study = {
         "four bits": partial(part3_adapters.four_bit, folder=folder),
-        "budgets": partial(
-            part3.equal_budgets, rates=DOUBLED, steps=dict.fromkeys(FIT, 1), folder=folder
-        ),
+        "budgets": partial(equal_budgets(1, folder), rates=DOUBLED),
     }[name]
     here, there = (run_seeds(study, [3, 4], workers=workers) for workers in (1, 2))
     assert here.keys() == there.keys()

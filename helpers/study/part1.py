@@ -72,6 +72,12 @@ def cached(model, X, first):
     return training.cache_prefix(model, X, first=first) if first else X
 
 
+def copied(model, first):
+    """Return a copy of a model to be trained from block `first` on; what is below is shared."""
+    below = [model.encoder.embed, *model.encoder.blocks[:first]] if first else []
+    return copy.deepcopy(model, {id(module): module for module in below})
+
+
 def embed(texts, rows, *, folder=""):
     """Return the encoder's features of some texts, in float64; nothing is trained or drawn."""
     with reproducible(0):
@@ -198,7 +204,8 @@ def label_curve(
             for column, (name, at, rate) in plan.items():
                 if at != k:
                     continue
-                model, first = copy.deepcopy(base), lowest(name)
+                first = lowest(name)
+                model = copied(base, first)
                 if train or name.startswith("LP-FT"):
                     model.head = training.logistic_head(features, t, C=PROBE_C)
                 (train or tune)(model, some(whole[first], part), t, technique=name, lr=rate)

@@ -138,17 +138,16 @@ class Train:
         return self.fit(model, X, y, technique=technique, lr=lr)
 
 
-def page(seed, *, texts, rates, k=LABELS, techniques=TECHNIQUES, told=LABELS, folder=""):
+def page(seed, *, texts, rates, k=LABELS, train=None, told=LABELS, folder=""):
     """Train techniques on `k` labels of each topic, each from linear probing and at its rate.
 
-    The technique is varied; texts, labels, `C` of linear probing and `rates` are fixed. Returns
-    what `part1.label_curve` does, columns called by the technique alone.
+    The technique is varied; texts, labels, `C` of linear probing, `rates` and how to `train`, None
+    being `Train` of this page, are fixed. Returns what `part1.label_curve` does, columns called by
+    the technique alone.
     """
     plan = {name: (name, k, rate) for name, rate in rates.items()}
-    found = part1.label_curve(
-        seed, texts=texts, plan=plan, C=C, budgets=(k,), train=Train(techniques), told=told,
-        folder=folder,
-    )  # fmt: skip
+    options = {"texts": texts, "plan": plan, "C": C, "budgets": (k,), "told": told}
+    found = part1.label_curve(seed, train=train or Train(), folder=folder, **options)
     return {name.removesuffix("/0").removesuffix(f"/{k}"): found[name] for name in found}
 
 
@@ -170,8 +169,7 @@ def try_rates(texts, seeds, *, rates=RATES, train=None, workers=None, folder="")
 def vary_lora(seed, *, lr, folder=""):
     """Train each of `PLACES` but the first on 8 headlines of each topic, all at one rate."""
     rates = dict.fromkeys([name for name in PLACES if name != FIRST_PLACE], lr)
-    options = dict(texts="headlines", techniques=PLACES, told=0, folder=folder)
-    return page(seed, rates=rates, **options)
+    return page(seed, texts="headlines", rates=rates, train=Train(PLACES), told=0, folder=folder)
 
 
 def few(seed, *, folder=""):

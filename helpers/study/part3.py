@@ -146,28 +146,3 @@ class Train(part2.Train):
         """Train what is trainable."""
         rates = {"encoder": lr, "head": part2.HEAD_RATE}
         return learn(model, X, y, lr=rates, steps=self.steps[technique])
-
-
-def equal_budgets(seed, *, rates, steps, texts="headlines", folder=""):
-    """Train each of `rates` on 8 labels of each topic, from linear probing, as long as it may.
-
-    The technique is varied, one of `CELLS`, at its rate and with its `steps`; texts, labels and
-    linear probing are fixed. Returns accuracies in percent, by name; "linear probing"; and
-    "margin".
-    """
-    plan = {name: (name, part2.LABELS, rate) for name, rate in rates.items()}
-    options = {"texts": texts, "plan": plan, "C": part2.C, "budgets": (part2.LABELS,), "told": 0}
-    found = part1.label_curve(seed, train=Train(steps), folder=folder, **options)
-    probing = found[f"linear probing/{part2.LABELS}"]
-    return {name: found[name] for name in (*plan, "margin")} | {"linear probing": probing}
-
-
-def choose_rates(seeds, *, steps, texts="headlines", rates=RATES, workers=None, folder=""):
-    """Choose each technique's rate on validation rows, at its number of steps.
-
-    The rate is varied over `rates`; seeds are others than a measurement's. Returns the best of each
-    technique, and each seed's margin.
-    """
-    options = {"rates": rates, "train": Train(steps), "workers": workers, "folder": folder}
-    chosen, _, margin = part2.try_rates(texts, seeds, **options)
-    return chosen, margin

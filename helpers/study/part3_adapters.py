@@ -72,8 +72,7 @@ def adapted(base, way, *, seed):
 
     What is below the first block that learns is frozen, and shared with the model.
     """
-    below = [base.encoder.embed, *base.encoder.blocks[:FIRST]]
-    model = copy.deepcopy(base, {id(module): module for module in below})
+    model = part1.copied(base, FIRST)
     training.freeze(model)
     WAYS[way][0](model, torch.Generator().manual_seed(seed))
     return model
