@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from helpers import files, models, peft, training
 from helpers.data import are_words, check_texts, check_whole, encode_labels
-from helpers.peft.recipes import HEAD_RATE, PROBE_C, TECHNIQUES, epochs_for
+from helpers.peft.recipes import HEAD_RATE, TECHNIQUES, epochs_for
 
 NOTE, TRAINED = "finetuner.json", "trained.safetensors"  # what a saved estimator consists of
 
@@ -116,7 +116,7 @@ class FineTuner(ClassifierMixin, BaseEstimator):
                 rows = training.cache_prefix(model, rows, first=first)
             if recipe.head_first:
                 features = training.extract_features(model, rows)
-                model.head = training.logistic_head(features, target, C=PROBE_C)
+                model.head = training.logistic_head(features, target, C=recipe.C)
             if recipe.change:
                 recipe.change(model, blocks, torch.default_generator)
                 self._train(model, rows, target)
@@ -124,7 +124,7 @@ class FineTuner(ClassifierMixin, BaseEstimator):
                 trained = [p for p in model.parameters() if p.requires_grad]
                 training.freeze(model)
                 features = training.extract_features(model, rows)
-                model.head = training.logistic_head(features, target, C=PROBE_C)
+                model.head = training.logistic_head(features, target, C=recipe.C)
                 training.unfreeze(*trained)
         self.fitted_ = self.get_params()
         if self.model_path:

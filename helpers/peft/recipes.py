@@ -20,7 +20,7 @@ QUERY_VALUE += ("Wqkv", "in_proj")
 
 
 def epochs_for(n, batch_size, contrastive=False):
-    """Return how many passes over n rows a fit makes: 3 or more, and about 30 steps or more.
+    """Return how many passes over n rows a fit makes: 3 or more, and about 20 steps or more.
 
     Parameters
     ----------
@@ -34,7 +34,7 @@ def epochs_for(n, batch_size, contrastive=False):
     """
     if contrastive:
         return max(5, round(15 / math.ceil(n / (4 * batch_size))))
-    return max(3, round(30 / math.ceil(n / batch_size)))
+    return max(3, round(20 / math.ceil(n / batch_size)))
 
 
 def _inside(blocks):
@@ -91,6 +91,8 @@ class Recipe(NamedTuple):
     contrastive : bool
         Whether features are trained to be near within a class, the classes' names being texts of
         theirs where they are words, and the head is fitted afterwards.
+    C : float
+        Inverse penalty of the logistic head.
     """
 
     change: Callable | None = None
@@ -98,13 +100,14 @@ class Recipe(NamedTuple):
     top: float = 1.0
     head_first: bool = True
     contrastive: bool = False
+    C: float = PROBE_C
 
 
 TECHNIQUES = {  # the cheapest first
     "zero labels": Recipe(head_first=False),
     "linear probing": Recipe(),
     "LoRA, top half": Recipe(_lora, 3e-3, top=0.5),
-    "LoRA, contrastive": Recipe(_lora, 1e-3, top=0.5, head_first=False, contrastive=True),
+    "LoRA, contrastive": Recipe(_lora, 1e-3, 0.5, head_first=False, contrastive=True, C=0.01),
     "LoRA": Recipe(_lora, 3e-3),
     "BitFit": Recipe(_bitfit, 3e-3),
     "LP-FT": Recipe(_whole, 1e-4),

@@ -8,4 +8,4 @@ from helpers.show.figures import (
     plot_tradeoff
 )
 from helpers.show.records import record
-from helpers.show.tables import read_gain, read_table, show_source, show_table
+from helpers.show.tables import read_gain, read_table, show_source, show_table, show_verdicts

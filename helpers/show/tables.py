@@ -42,6 +42,19 @@ def show_table(header, rows):
     display(Markdown("\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)))
 
 
+def show_verdicts(header, found):
+    """Display comparisons: in each row a name, the difference with its interval, the verdict.
+
+    Parameters
+    ----------
+    header : str
+        What is compared with what.
+    found : dict of str to helpers.study.Comparison
+    """
+    rows = [[name, c.numbers, c.verdict] for name, c in found.items()]
+    show_table([header, "points", "verdict"], rows)
+
+
 def read_table(name, cell, *, folder=NOTEBOOKS):
     """Return the tables that a cell of a stored notebook shows: the series' guide is made of them.
 
