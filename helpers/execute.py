@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -159,8 +160,11 @@ def main(argv=None):
     if len(args.notebooks) > 1 and not args.check:
         shared = [a for pair in pairs for a in ("-p", *pair)] + ["--timeout", str(args.timeout)]
         shared += ["--until", args.until] if args.until else []
+        shared += ["--parent", str(os.getpid())]
         command = [sys.executable, "-m", "helpers.execute", *shared]
         return _together([[*command, str(path)] for path in args.notebooks], args.jobs)
+    if args.parent:
+        threading.Thread(target=_follow, args=[args.parent], daemon=True).start()
     failed = 0
     for path, parsed in values.items():
         try:
@@ -183,6 +187,7 @@ def _parser():
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="notebooks at a time")
     parser.add_argument("--timeout", type=int, default=600, help="seconds for each cell")
     parser.add_argument("--until", metavar="CELL", help="id of the last cell to run")
+    parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true", help="stored form only, nothing is run")
     mode.add_argument("--parameters", action="store_true", help="list what -p can set")
@@ -220,6 +225,13 @@ def _together(commands, jobs):
             for child in children:
                 child.send_signal(signal.SIGINT)
             raise
+
+
+def _follow(parent):
+    """End this process as Ctrl-C does once its parent is gone, killed perhaps."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _check(path):

@@ -1,8 +1,10 @@
 """What a run has shown: streams as a terminal has them, values that were recorded."""
 
-from helpers.stored import NotebookError
-
 RECORD = "application/vnd.transfer-peft.record+json"  # what a run is about, for sweeps
+
+
+class NotebookError(Exception):
+    """A notebook, or a request about one, that cannot be accepted; the message says why."""
 
 
 def joined(outputs):

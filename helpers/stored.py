@@ -13,6 +13,8 @@ from pathlib import Path
 import nbformat
 from nbformat.validator import iter_validate
 
+from helpers.outputs import NotebookError
+
 TAGS = {"parameters", "raises-exception", "solution"}
 OF_A_RUN = {"execution", "papermill", "ExecuteTime"}  # metadata of cells that runs write
 LARGEST = 10_000_000  # characters of one cell's outputs
@@ -21,10 +23,6 @@ WIDGET = "application/vnd.jupyter.widget-view+json"  # names a model by a random
 PRINTING = {"print", "display", "record", "show_source", "show_table"}
 PERHAPS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda  # may not run
 PERHAPS |= ast.If | ast.IfExp | ast.While | ast.ExceptHandler | ast.BoolOp
-
-
-class NotebookError(Exception):
-    """A notebook, or a request about one, that cannot be accepted; the message says why."""
 
 
 def read(path):

@@ -28,8 +28,8 @@ WANTED = sorted({*PROJECT["dependencies"], *(line for extra in EXTRAS for line i
 # there is no cycle; of execute only other commands take something
 ROOMS = [
     "files",
-    "stored",
     "outputs",
+    "stored",
     "data",
     "models",
     "training",

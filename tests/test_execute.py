@@ -195,9 +195,16 @@ def test_no_configuration_of_a_machine_reaches_a_run_and_it_prints_one_line(tmp_
     assert [p.name for p in (tmp_path / "hostile" / ("long" * 30)).iterdir()] == ["kept"]
 
 
-def test_the_command_starts_without_what_only_runs_need():
-    heavy = ["torch", "matplotlib", "IPython", "nbclient"]
-    code = f"import sys, helpers.execute; print(sorted(set({heavy}) & set(sys.modules)))"
+@pytest.mark.parametrize(
+    "modules, heavy",
+    [
+        ("helpers.execute", ["torch", "matplotlib", "IPython", "nbclient"]),
+        ("helpers.show, helpers.study.yours", ["nbformat", "jsonschema", "transformers"]),
+    ],
+    ids=["command", "notebook"],
+)
+def test_what_only_later_steps_need_is_not_imported_at_the_start(modules, heavy):
+    code = f"import sys, {modules}; print(sorted(set({heavy}) & set(sys.modules)))"
     told = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, encoding="utf-8")
     assert told == "[]\n"
 

@@ -2,10 +2,10 @@
 
 import ast
 import inspect
+import json
 import re
 from pathlib import Path
 
-import nbformat
 from IPython.display import Markdown, display
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
@@ -78,9 +78,9 @@ def read_table(name, cell, *, folder=NOTEBOOKS):
         If the notebook or the table is missing.
     """
     path, tables = folder / name, []
-    cells = nbformat.read(path, as_version=4).cells if path.exists() else []
-    for output in (o for c in cells if c.id == cell for o in c.get("outputs", [])):
-        text = output.get("data", {}).get("text/markdown", "")
+    cells = json.loads(path.read_text("utf-8"))["cells"] if path.exists() else []
+    for output in (o for c in cells if c["id"] == cell for o in c.get("outputs", [])):
+        text = "".join(output.get("data", {}).get("text/markdown", ""))
         lines = [line[1:-1].split("|") for line in text.splitlines() if line[:1] == "|"]
         if lines:
             head, _, *rows = [[cell.strip() for cell in line] for line in lines]
