@@ -195,7 +195,17 @@ def _parser():
 
 
 def take_pairs(argv):
-    """Take ``-p name value`` out of a command line: argparse would take ``-1e-3`` for an option."""
+    """Take ``-p name value`` out of a command line: argparse would take ``-1e-3`` for an option.
+
+    Parameters
+    ----------
+    argv : list of str
+
+    Returns
+    -------
+    tuple of (list, list)
+        Names with values, and what is left.
+    """
     rest, pairs = list(argv), []
     while "-p" in rest and len(rest) > (at := rest.index("-p")) + 2:
         pairs.append(rest[at + 1 : at + 3])
@@ -274,7 +284,7 @@ def _run(nb, values, folder, timeout):
             problem = " was interrupted"
         except Exception as error:  # a dead kernel
             log.seek(0)
-            words = last_words(log.read().decode(errors="replace").strip())
+            words = outputs.last_words(log.read().decode(errors="replace").strip())
             problem = f": {error}; its last words: {words}"
     return _as_it_ran(ran[-1] if ran else nb, problem)
 
@@ -319,13 +329,6 @@ def _kernel(ours, log):
             await super().start_kernel(**options)
 
     return Kernel
-
-
-def last_words(words):
-    """Cut what a dead kernel said to the part that tells why."""
-    if (at := words.find("Fatal Python error")) >= 0:
-        return words[at : at + 1500]
-    return words[-1500:] or "none (out of memory?)"
 
 
 def _told(cell):

@@ -1,4 +1,4 @@
-"""What a run has shown: streams as a terminal has them, values that were recorded."""
+"""What a run has shown: streams as a terminal has them, values recorded, a kernel's last words."""
 
 RECORD = "application/vnd.transfer-peft.record+json"  # what a run is about, for sweeps
 
@@ -58,3 +58,19 @@ def recorded(outputs):
     if not found:
         raise NotebookError("recorded nothing: call helpers.show.record(name=value) in one cell")
     return found
+
+
+def last_words(words):
+    """Cut what a dead kernel said to the part that tells why.
+
+    Parameters
+    ----------
+    words : str
+
+    Returns
+    -------
+    str
+    """
+    if (at := words.find("Fatal Python error")) >= 0:
+        return words[at : at + 1500]
+    return words[-1500:] or "none (out of memory?)"

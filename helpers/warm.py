@@ -24,8 +24,8 @@ import time
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 
-from helpers.execute import PROFILE, clean_environment, last_words
-from helpers.outputs import recorded
+from helpers.execute import PROFILE, clean_environment
+from helpers.outputs import last_words, recorded
 from helpers.stored import NotebookError
 
 IDLE = 600  # seconds after which a process ends that nobody asks
