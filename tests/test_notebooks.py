@@ -216,7 +216,7 @@ ALL_BAD = [(part, *case) for part, cases in BY_PART.items() for case in cases]
 def test_a_bad_value_stops_in_the_first_cells_with_one_sentence(part, name, value, told):
     code = [c for c in nbformat.read(part, as_version=4).cells if c.cell_type == "code"][:4]
     kernel, style = {"display": print}, dict(plt.rcParams)
-    threads = torch.get_num_threads()
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     try:
         with pytest.raises((ValueError, TypeError)) as error:
             for cell in code:
@@ -225,6 +225,7 @@ def test_a_bad_value_stops_in_the_first_cells_with_one_sentence(part, name, valu
                     kernel[name] = value
     finally:
         torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
         plt.rcParams.update(style)
     assert told in str(error.value) and "\n" not in str(error.value)
 

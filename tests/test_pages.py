@@ -179,7 +179,7 @@ def test_solutions_and_set_up_are_folded_and_the_rest_is_open(soups, path):
         assert bool(whole) == ("solution" in cell.metadata.get("tags", [])), cell.id
         if whole:
             assert whole.summary.text.startswith("Solution") and not whole.has_attr("open")
-            assert len(whole.select("pre.out")) == len(cell.outputs)
+            assert len(whole.select("pre.out, table")) == len(cell.outputs)
         else:
             code = section.find("details", class_="code", recursive=False)
             assert code.has_attr("open") != bool(hidden.get("source_hidden")), cell.id
