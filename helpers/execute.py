@@ -160,7 +160,7 @@ def main(argv=None):
     if len(args.notebooks) > 1 and not args.check:
         shared = [a for pair in pairs for a in ("-p", *pair)] + ["--timeout", str(args.timeout)]
         shared += ["--until", args.until] if args.until else []
-        shared += ["--parent", str(os.getpid())]
+        shared += ["--parent", str(os.getpid())] if os.name == "posix" else []  # no launchers
         command = [sys.executable, "-m", "helpers.execute", *shared]
         return _together([[*command, str(path)] for path in args.notebooks], args.jobs)
     if args.parent:

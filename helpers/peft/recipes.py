@@ -107,7 +107,7 @@ TECHNIQUES = {  # the cheapest first
     "zero labels": Recipe(head_first=False),
     "linear probing": Recipe(),
     "LoRA, top half": Recipe(_lora, 3e-3, top=0.5),
-    "LoRA, contrastive": Recipe(_lora, 1e-3, 0.5, head_first=False, contrastive=True, C=0.01),
+    "LoRA, contrastive": Recipe(_lora, 1e-3, top=0.5, head_first=False, contrastive=True, C=0.01),
     "LoRA": Recipe(_lora, 3e-3),
     "BitFit": Recipe(_bitfit, 3e-3),
     "LP-FT": Recipe(_whole, 1e-4),
