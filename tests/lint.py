@@ -16,7 +16,7 @@ CELLS, WORDS, LISTED, LINES, LISTING, WIDTH = 60, 2_500, 150, 15, 15, 110
 LONGER = {"luck", "curve", "domain", "mistake1", "mistake2", "memory", "three", "mistake4"}
 LONGER |= {"imports", "mixed", "refusals-run", "budgets", "guide-table"}
 WIDER = {"mistake2", "mistake3", "mistake4", "solution4"}
-WIDER |= {"prefix", "page-verdicts", "decide", "heads"}
+WIDER |= {"prefix", "decide", "heads"}
 LINK = re.compile(r"\]\(((?:[^()\s]|\([^()\s]*\))+)")
 PATHS = re.compile(
     r"(?<![\w.:/])(?:/(?:home|root|tmp|Users|mnt|opt|usr|var|work)/|[A-Z]:\\)[^\s)'\"]*"

@@ -341,7 +341,7 @@ def test_a_demonstration_says_what_holds(name, folder):
     begin, (X, y), test = part2.few(0, folder=folder)
     assert counted.trainable == TRAINED[name] + HEAD
     assert facts == [
-        f"{name}: {modules} modules adapted ({ends})",
+        f"{name}: modules adapted: {modules} ({ends})",
         f"{counted}, {HEAD} of them in the head",
         f"outputs after injection, before training: {before}",
         f"frozen tensors that moved in training: 0 of {kept - len(trainable(model))}",

@@ -220,7 +220,7 @@ def demonstrate(name, seed, *, lr, folder=""):
         told = "stays as it is: no plain layer computes the same"
     changed = "as before" if gap < 1e-10 else "changed by its new tokens"
     return model, [
-        f"{name}: {len(ends)} modules adapted ({', '.join(dict.fromkeys(ends))})",
+        f"{name}: modules adapted: {len(ends)} ({', '.join(dict.fromkeys(ends))})",
         f"{counted}, {in_head.trainable:,} of them in the head",
         f"outputs after injection, before training: {changed}",
         f"frozen tensors that moved in training: {moved} of {len(frozen)}",
