@@ -28,7 +28,7 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
 execute: $(READY) ## run the notebooks top to bottom and store their outputs (ARGS="-p name value" writes to build/ only)
-	$(RUN) helpers.execute --timeout 1800 $(NOTEBOOKS) --jobs $(JOBS) $(ARGS)
+	$(RUN) helpers.execute $(NOTEBOOKS) --jobs $(JOBS) $(ARGS)
 	@test -n "$(ARGS)" || $(MAKE) --silent picture
 
 picture: $(READY) ## take the picture of each first screen out of its notebook

@@ -67,7 +67,7 @@ def clean_environment(folder):
     return terminal | kept | ours
 
 
-def execute(path, values=None, *, until=None, timeout=600):
+def execute(path, values=None, *, until=None, timeout=1800):
     """Run a notebook from top to bottom on a clean kernel and store it in canonical form.
 
     The file is replaced in one step after the whole run was found sound, so that a crash at any
@@ -82,7 +82,7 @@ def execute(path, values=None, *, until=None, timeout=600):
         Parameters to set.
     until : str, optional
         Id of the last cell to run; the others are left out.
-    timeout : int, default=600
+    timeout : int, default=1800
         Seconds allowed to each cell.
 
     Returns
@@ -185,7 +185,7 @@ def _parser():
     parser.add_argument("notebooks", nargs="+", type=Path)
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="notebooks at a time")
-    parser.add_argument("--timeout", type=int, default=600, help="seconds for each cell")
+    parser.add_argument("--timeout", type=int, default=1800, help="seconds for each cell")
     parser.add_argument("--until", metavar="CELL", help="id of the last cell to run")
     parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)
     mode = parser.add_mutually_exclusive_group()

@@ -412,6 +412,8 @@ def test_candidates_see_the_same_folds_and_are_never_scored_on_what_they_learnt_
     assert list(found.scores) == ["a", "b"] and {len(v) for v in found.scores.values()} == {15}
     assert found[1:5] == ("accuracy", 5, 49, 100 / 49)
     assert found.notes == ["5 folds, 3 times: 15 fits of each candidate; accuracy"]
+    [once] = decide.cross_validate(candidates, X, y, repeats=1, workers=1).notes
+    assert once == "5 folds, once: 5 fits of each candidate; accuracy"
 
 
 def test_scores_do_not_depend_on_workers_and_follow_the_seed():

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from helpers import data, models, training
-from helpers.study import DRIFT, part1, part1_domain, published, reproducible, tuning
+from helpers.study import DRIFT, part1, part1_domain, published, reproducible, run_seeds, tuning
+from helpers.study import seeds as study_seeds
 from helpers.study.part1 import BUDGETS, FIRST, PENALTIES, RATES, choose_rates, plan_of
 from helpers.study.published import PUBLISHED, published_protocol
 from helpers.training import strategies
@@ -77,7 +78,8 @@ def test_no_row_is_both_trained_on_and_scored_nor_one_of_the_pairs(score_on, run
     draw = data.draw
     monkeypatch.setattr(data, "draw", lambda *a, **k: drawn.append(draw(*a, **k)) or drawn[-1])
     budgets = BUDGETS if score_on == "test" else (4, 16)
-    run["label_curve"](0, score_on=score_on, budgets=budgets)
+    plan = {column: way for column, way in PLAN.items() if way[1] in budgets}
+    run["label_curve"](0, score_on=score_on, plan=plan, budgets=budgets)
     known = {row for row in of.trained | of.scored | of.retrieved if row is not None}
     assert known == of.trained | of.scored | of.retrieved and of.unknown == of.named
     sets = {set_: set(rows.flatten().tolist()) for d in drawn for set_, rows in d.items()}
@@ -213,11 +215,11 @@ def test_a_label_curve_has_the_columns_of_its_plan(texts, score_on, folder, monk
     options = {"texts": texts, "C": (0.3, 0.1), "score_on": score_on, "folder": folder}
     plan = {f"way {i}": (name, k, 0.1) for i, (name, k, _) in enumerate(PLAN.values())}
     budgets, expected = BUDGETS if score_on == "test" else (4, 16), ["zero labels/0"]
-    for k in budgets:
-        expected += [f"linear probing/{k}, {C:g}" for C in (0.3, 0.1)]
-        for column, name in [(column, name) for column, (name, at, _) in plan.items() if at == k]:
-            told = k == 4 and (texts, score_on) == ("headlines", "test") and name != "from scratch"
-            expected += [column, f"{column}/retrieval"][: 1 + told]
+    plan = {column: way for column, way in plan.items() if way[1] in budgets}
+    expected += [f"linear probing/{k}, {C:g}" for k in budgets for C in (0.3, 0.1)]
+    for column, (name, k, _) in plan.items():
+        told = k == 4 and (texts, score_on) == ("headlines", "test") and name != "from scratch"
+        expected += [column, f"{column}/retrieval"][: 1 + told]
     found = part1.label_curve(0, plan=plan, budgets=budgets, **options)
     assert list(found) == [*expected, "margin"]
 
@@ -318,6 +320,19 @@ def test_every_remedy_ends_elsewhere_than_the_plain_technique(run, monkeypatch):
     assert torch.equal(weights[0], weights[1])  # of one seed all start and draw alike
     for i, j in combinations(range(1, len(ways)), 2):
         assert not torch.equal(weights[i], weights[j]), (ways[i], ways[j])
+
+
+def test_a_plan_in_parts_gives_the_numbers_of_the_whole(run):
+    plan = {name: PLAN[name] for name in reversed(PLAN) if PLAN[name][1] == 4}
+    curve, shares = partial(run["label_curve"], budgets=(4,)), study_seeds._shares
+    del curve.keywords["plan"]
+    whole, parts = (run_seeds(curve, [3], workers=workers, plan=plan) for workers in (1, 2))
+    assert len(shares({"plan": plan}, 1, 2)) == 2 and list(whole) == list(parts)
+    assert all(whole[name] == parts[name] for name in whole) and "from scratch/4" in whole
+
+
+def test_a_ranking_tells_equal_means():
+    assert tuning.ranked({"a": 1.0, "b": 3.0, "c": 1.0, "d": 2.0}) == "b > d > a = c"
 
 
 def test_cached_blocks_give_the_accuracies_of_tokens(run, monkeypatch):

@@ -615,6 +615,12 @@ def test_grids_that_are_compared_share_their_colours(ax):
     assert ax.images[0].get_clim() == limits
 
 
+def test_a_grids_cell_without_a_value_stays_empty(ax):
+    values = [[10.0, float("nan")]]
+    figures.plot_grid(ax, values, ["a"], [1, 2], xlabel="", ylabel="", limits=(0, 80))
+    assert [(t.get_position(), t.get_text()) for t in ax.texts] == [((0, 0), "10.0")]
+
+
 def test_a_stored_table_is_read_and_a_missing_one_is_named(tmp_path):
     path = tmp_path / "a.ipynb"
     table = "| k | a | b |\n| --- | --- | --- |\n| x | 1 |  |\n| y |  | +2.0 [1, 3] ▲ |"

@@ -56,6 +56,39 @@ def test_results_do_not_depend_on_workers_or_order():
     assert same(one, {name: values[::-1] for name, values in backwards.items()})
 
 
+def parted(seed, plan):
+    if seed == 3 and "c" in plan:
+        raise ValueError("c of three")
+    with reproducible(seed):
+        drawn = torch.rand(1).item()
+    found = {"drawn": drawn} | {name: drawn * value for name, value in plan.items()}
+    return found | {"margin": min(plan.values(), default=1.0)}
+
+
+def test_entries_that_are_shared_out_give_what_one_process_gives():
+    plan = {"c": 0.2, "a": 0.1, "b": 0.3}
+    expected = run_seeds(parted, range(3), workers=1, plan=plan)
+    assert list(expected) == ["drawn", *plan, "margin"] and expected["margin"].tolist() == [0.1] * 3
+    found = run_seeds(parted, range(3), workers=min(2, cpu_count()), plan=plan)
+    assert list(found) == list(expected) and same(found, expected)
+    with pytest.warns(UserWarning, match="1 of 5 seeds failed: seed 3: ValueError: c of three"):
+        found = run_seeds(parted, range(5), workers=min(2, cpu_count()), plan=plan)
+    assert same(found, run_seeds(parted, [0, 1, 2, 4], workers=1, plan=plan))
+    with pytest.raises(TypeError, match=r"\['a', 'plan'\]: only one"):
+        run_seeds(parted, [0], plan=plan, a={})
+    assert list(run_seeds(parted, [0], plan={})) == ["drawn", "margin"]
+
+
+@pytest.mark.parametrize("seeds, at_once, jobs", [
+    (10, 1, 1), (10, 2, 1), (3, 2, 2), (1, 2, 2), (10, 4, 2), (10, 8, 4), (1, 8, 7), (10, 7, 4),
+])  # fmt: skip
+def test_entries_are_shared_out_where_whole_seeds_leave_processes_idle(seeds, at_once, jobs):
+    plan = {str(i): i for i in range(14)}
+    shares = study_seeds._shares({"plan": plan}, seeds, at_once)
+    assert len(shares) == jobs
+    assert [entry for share in shares for entry in share["plan"].items()] == list(plan.items())
+
+
 def test_reproducible_computes_in_float64_and_restores_everything():
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -142,7 +175,7 @@ def test_threads_of_one_process_take_turns_whoever_starts_them(function, dtype, 
 
     def _worker(seeds):  # as a thread of a Dask worker does
         for seed in seeds:
-            found[seed] = study_seeds._run(function, dtype, seed)[0]
+            found[seed] = study_seeds._run(function, dtype, (seed, {}))[0]
 
     threads = [threading.Thread(target=_worker, args=(range(i, 8, 4),)) for i in range(4)]
     for thread in threads:
@@ -171,12 +204,12 @@ class DaskDistributedBackend:
     def __init__(self, killers=(), beside=()):
         self.client, self.killers, self.beside, self.submitted = self, killers, beside, []
 
-    def submit(self, task, seed, *, pure):
-        future = Future()
+    def submit(self, task, job, *, pure):
+        future, (seed, _) = Future(), job
         if seed in self.killers or (seed in self.beside and seed not in self.submitted):
             future.set_exception(KilledWorker(f"4 workers died while they tried seed {seed}"))
         else:
-            future.set_result(task(seed))
+            future.set_result(task(job))
         self.submitted.append(seed)
         return future
 

@@ -206,7 +206,7 @@ def test_rates_are_tried_on_validation_rows_alone(folder, monkeypatch):
 
 
 def test_the_rates_of_the_table_are_those_that_are_trained_at(fits, folder):
-    assert RATES.keys() == TECHNIQUES.keys() and set(part2.LEADING) < RATES.keys()
+    assert RATES.keys() == TECHNIQUES.keys() and set(part2.AGAIN) < RATES.keys()
     assert all(list(of) == sorted(set(of)) and len(of) >= 3 for of in RATES.values())
     chosen, means, _ = part2.try_rates("headlines", [5], workers=1, folder=folder)
     tried = [(name, lr) for name, of in RATES.items() for lr in of]
@@ -254,8 +254,11 @@ def test_every_place_differs_from_the_first_in_one_thing(begin):
         assert sum(a != b for a, b in zip(first, other, strict=True)) == 1, name
 
 
-def test_loras_places_are_all_trained_but_the_first_which_is_the_pages_lora(fits, folder):
-    found = part2.vary_lora(0, lr=0.5, folder=folder)
+def test_loras_places_are_trained_as_the_page_trains_its_lora_which_is_the_first(fits, folder):
+    rates = dict.fromkeys(PLANS, 0.5)
+    found = part2.page(
+        0, texts="headlines", rates=rates, train=part2.Train(PLACES), told=0, folder=folder
+    )
     assert list(found) == ["zero labels", "linear probing", *PLANS, "margin"]
     assert [(name, lr) for name, lr, *_ in fits] == [(name, 0.5) for name in PLANS]
     part2.page(0, texts="headlines", rates={"LoRA": 0.5}, folder=folder)

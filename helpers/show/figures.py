@@ -151,7 +151,7 @@ def plot_bands(ax, x, curves):
     """
     for i, (name, curve) in enumerate(curves.items()):
         style = look(name, i) | dict(markersize=5, linewidth=1.6)
-        aside = 1.08 ** (i - (len(curves) - 1) / 2)
+        aside = 1.05 ** (i - (len(curves) - 1) / 2)
         at = [(v * aside, s) for v, s in zip(x, curve, strict=True) if s is not None]
         means, low, high = ([getattr(s, k) for _, s in at] for k in ("mean", "low", "high"))
         at = [v for v, _ in at]
@@ -191,6 +191,7 @@ def plot_grid(ax, values, rows, columns, *, xlabel, ylabel, limits=(None, None))
     ----------
     ax : Axes
     values : array of shape (rows, columns)
+        NaN leaves a cell empty.
     rows, columns : sequence
         What the rows and the columns are called.
     xlabel, ylabel : str
@@ -201,6 +202,8 @@ def plot_grid(ax, values, rows, columns, *, xlabel, ylabel, limits=(None, None))
     low, high = limits
     image = ax.imshow(values, cmap="viridis", aspect="auto", vmin=low, vmax=high)
     for (row, column), value in np.ndenumerate(np.asarray(values)):
+        if np.isnan(value):
+            continue
         bright = np.dot(image.to_rgba(value)[:3], (0.299, 0.587, 0.114)) > 0.5
         style = dict(ha="center", va="center", color="black" if bright else "white")
         ax.text(column, row, f"{value:.1f}", **style)

@@ -73,13 +73,15 @@ def cross_validate(candidates, X, y, *, seed=0, folds=5, repeats=None, workers=N
         metric, row = "balanced accuracy", 100 / len(counts) / int(counts.min())
     fit = partial(_score, [*candidates.values()], X, y, splits, metric.replace(" ", "_"))
     table = np.empty((len(splits), len(candidates)))
-    with closing(in_parallel(fit, range(table.size), workers, unit="fit")) as done:
+    jobs = [(i, {}) for i in range(table.size)]
+    with closing(in_parallel(fit, jobs, workers, unit="fit")) as done:
         for i, (found, failure) in done:
             if failure is not None:
                 name = [*candidates][i % len(candidates)]
                 raise ValueError(f"{name!r} failed in cross-validation: {failure}")
             table.flat[i] = found["score"]
-    notes.append(f"{folds} folds, {repeats} times: {len(splits)} fits of each candidate; {metric}")
+    often = "once" if repeats == 1 else f"{repeats} times"
+    notes.append(f"{folds} folds, {often}: {len(splits)} fits of each candidate; {metric}")
     return Scores(dict(zip(candidates, table.T, strict=True)), metric, folds, len(y), row, notes)
 
 
@@ -148,11 +150,11 @@ class Recommendation(NamedTuple):
             else:
                 told += (
                     f"The highest mean is that of {self.best}, but where the data cannot tell, take"
-                    " what did best on other texts (notebook 3, section 3.2)."
+                    " what did best on average in section 3.2 of notebook 3."
                 )
             told += (
-                f"\nThe data cannot tell: with {labels:,} labels the difference to"
-                f" {', '.join(self.unsettled)} may be {margin} or more, or not.\n"
+                f"\nThe data cannot tell: with {labels:,} labels {self.best} may differ by {margin}"
+                f" or more, or not, from {'; '.join(self.unsettled)}.\n"
                 f"For {rival}, {self.comparisons[rival].numbers}, it would take {about} labels, if"
                 " the difference stays and its error falls with the root of their number."
             )

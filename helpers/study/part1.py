@@ -195,24 +195,20 @@ def label_curve(
         seen, frozen = (training.extract_features(base, of[4]) for of in (held, whole))
         scores = {"zero labels/0": zero_labels(texts, seen, labels, folder=folder)}
         order = torch.arange(len(frozen)).view(len(names), -1)
-        for k in budgets:
-            part = order[:, :k]  # of each topic's rows
-            t, features = y[rows["train"][:, :k].flatten()], frozen[part.flatten()]
+        some_of = {k: (order[:, :k], y[rows["train"][:, :k].flatten()]) for k in budgets}
+        for k, (part, t) in some_of.items():
             for c, column in columns(f"linear probing/{k}", C).items():
-                head = training.logistic_head(features, t, C=c)
+                head = training.logistic_head(frozen[part.flatten()], t, C=c)
                 scores[column] = training.score(head(seen), labels)
-            for column, (name, at, rate) in plan.items():
-                if at != k:
-                    continue
-                first = lowest(name)
-                model = copied(base, first)
-                if train or name.startswith("LP-FT"):
-                    model.head = training.logistic_head(features, t, C=PROBE_C)
-                (train or tune)(model, some(whole[first], part), t, technique=name, lr=rate)
-                scores[column] = training.evaluate(model, held[first], labels)
-                kept = k == told and texts == "headlines" and score_on == "test"
-                if kept and name != "from scratch":
-                    scores[f"{column}/retrieval"] = retrieval(model, folder, first=first)
+        for column, (name, k, rate) in plan.items():
+            (part, t), first = some_of[k], lowest(name)
+            model = copied(base, first)
+            if train or name.startswith("LP-FT"):
+                model.head = training.logistic_head(frozen[part.flatten()], t, C=PROBE_C)
+            (train or tune)(model, some(whole[first], part), t, technique=name, lr=rate)
+            scores[column] = training.evaluate(model, held[first], labels)
+            if name != "from scratch" and (k, texts, score_on) == (told, "headlines", "test"):
+                scores[f"{column}/retrieval"] = retrieval(model, folder, first=first)
     return percent(scores)
 
 
@@ -231,8 +227,9 @@ def choose_rates(texts, seeds, *, workers=None, folder=""):
         for rate, column in of.items()
         if name in RATES
     }
-    options = {"texts": texts, "plan": plan, "C": PENALTIES, "budgets": (4, 16), "folder": folder}
-    found, margin = try_settings(label_curve, tries, seeds, workers=workers, **options)
+    options = {"texts": texts, "C": PENALTIES, "budgets": (4, 16), "folder": folder}
+    options |= {"workers": workers, "apart": {"plan": plan}}
+    found, margin = try_settings(label_curve, tries, seeds, **options)
     means = {
         name: {rate: sum(found[name, k][rate] for k in at[name]) / len(at[name]) for rate in of}
         for name, of in TRIED.items()

@@ -84,8 +84,8 @@ RATES = {
     "full fine-tuning": (3e-5, 1e-4, 3e-4),
 }
 
-LEADING = dict.fromkeys(("LoRA", "BitFit", "adapters"), (1e-3, 3e-3, 1e-2))  # on other texts
-LEADING["top two blocks"] = (1e-4, 3e-4, 1e-3)
+AGAIN = dict.fromkeys(("LoRA", "BitFit", "adapters"), (1e-3, 3e-3, 1e-2))  # on other texts
+AGAIN["top two blocks"] = (1e-4, 3e-4, 1e-3)
 
 
 FIRST_PLACE = "q, v; top two; r = 8; alpha = 16"  # LoRA of 2.6; the others change one thing
@@ -160,16 +160,10 @@ def try_rates(texts, seeds, *, rates=RATES, train=None, workers=None, folder="")
     """
     tries = {name: columns(name, several) for name, several in rates.items()}
     plan = {c: (name, LABELS, lr) for name, of in tries.items() for lr, c in of.items()}
-    options = {"texts": texts, "plan": plan, "C": C, "budgets": (LABELS,), "folder": folder}
-    options["train"] = train or Train()
-    means, margin = try_settings(part1.label_curve, tries, seeds, workers=workers, **options)
+    options = {"texts": texts, "C": C, "budgets": (LABELS,), "folder": folder}
+    options |= {"train": train or Train(), "workers": workers, "apart": {"plan": plan}}
+    means, margin = try_settings(part1.label_curve, tries, seeds, **options)
     return best(means), means, margin
-
-
-def vary_lora(seed, *, lr, folder=""):
-    """Train each of `PLACES` but the first on 8 headlines of each topic, all at one rate."""
-    rates = dict.fromkeys([name for name in PLACES if name != FIRST_PLACE], lr)
-    return page(seed, texts="headlines", rates=rates, train=Train(PLACES), told=0, folder=folder)
 
 
 def few(seed, *, folder=""):

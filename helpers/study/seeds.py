@@ -1,5 +1,6 @@
 """The same experiment over many seeds, in parallel processes, with the same numbers."""
 
+import math
 import os
 import sys
 import warnings
@@ -23,7 +24,7 @@ DEATHS = ("TerminatedWorkerError", "KilledWorker")  # loky's and Dask's, which m
 NOBODY = "not run, Dask's workers or their scheduler are gone"
 
 
-def run_seeds(experiment, seeds, *, workers=None):
+def run_seeds(experiment, seeds, *, workers=None, **apart):
     """Run an experiment once for each seed, in parallel processes of one thread each.
 
     `experiment` is a plain function of its seed, ``experiment(seed) -> dict of str to float``, and
@@ -32,15 +33,20 @@ def run_seeds(experiment, seeds, *, workers=None):
     `seeds`; it does not depend on `workers`, of which there are never more than cores: 1 stays in
     this process, None is one for each core or all that the backend of an enclosing
     `joblib.parallel_config` has. Threads share what only a process has, so they take turns, and a
-    run inside a run stays in its process. A seed that failed, or whose worker died, is left out of
-    every array, so that pairs stay pairs, and told in a warning.
+    run inside a run stays in its process. `apart` may name one more argument of the experiment, a
+    dict whose entries do not depend on each other, such as the plan of a label curve: where whole
+    seeds would leave a process idle, its entries are shared out. A seed that failed, or whose
+    worker died, is left out of every array, so that pairs stay pairs, and told in a warning.
     """
     seeds = list(seeds)
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be distinct and at least one: {seeds[:10]}")
-    found, rows, failures = dict(in_parallel(experiment, seeds, workers)), [], []
+    shares = _shares(apart, len(seeds), _at_once(workers))
+    jobs = [(seed, share) for seed in seeds for share in shares]
+    unit = "seed" if len(shares) == 1 else "part"
+    found, rows, failures = dict(in_parallel(experiment, jobs, workers, unit=unit)), [], []
     for i, seed in enumerate(seeds):
-        row, failure = found[i]
+        row, failure = _joined([found[i * len(shares) + k] for k in range(len(shares))])
         if failure is None and rows and row.keys() != rows[0].keys():
             failure = f"returned {sorted(row)}, the other seeds {sorted(rows[0])}"
         if failure is None:
@@ -55,30 +61,61 @@ def run_seeds(experiment, seeds, *, workers=None):
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
-def in_parallel(experiment, seeds, workers, *, unit="seed"):
-    """Yield the place of each seed, in any order, and its (results, None) or (None, failure).
+def _shares(apart, seeds, at_once):
+    """Return the arguments of each job of a seed: as many jobs as keep all processes at work."""
+    if not apart:
+        return [{}]
+    if len(apart) > 1:
+        raise TypeError(f"{sorted(apart)}: only one argument can be shared out")
+    [(name, whole)] = apart.items()
+    entries = list(whole.items())
+    even, enough = at_once // math.gcd(seeds, at_once), max(4, math.ceil(at_once / seeds))
+    size = math.ceil(len(entries) / min(even, enough)) or 1
+    return [{name: dict(entries[i : i + size])} for i in range(0, len(entries) or 1, size)]
 
-    A bar with the time left counts them in units where somebody looks on.
+
+def _joined(outcomes):
+    """Return the outcome of a seed from those of its jobs: its margin is the closest one's."""
+    if len(outcomes) == 1:
+        return outcomes[0]
+    if failures := [failure for _, failure in outcomes if failure is not None]:
+        return None, failures[0]
+    rows = [row for row, _ in outcomes]
+    row = {name: value for row in rows for name, value in row.items() if name != "margin"}
+    closest = [row["margin"] for row in rows if "margin" in row]
+    return row | ({"margin": min(closest)} if closest else {}), None
+
+
+def in_parallel(experiment, jobs, workers, *, unit):
+    """Yield the place of each job, in any order, and its (results, None) or (None, failure).
+
+    A job is a seed, or one and further arguments. A bar with the time left counts them in units
+    where somebody looks on.
     """
-    if workers is not None and not 1 <= workers <= cpu_count():
-        raise ValueError(f"workers = {workers} must be from 1 to the {cpu_count()} cores there are")
-    runs = _runs(experiment, seeds, workers)
-    options = dict(total=len(seeds), unit=unit, leave=False)
+    runs = _runs(experiment, jobs, _at_once(workers))
+    options = dict(total=len(jobs), unit=unit, leave=False)
     with _watched() as stream:
         yield from tqdm(runs, file=stream, disable=stream is None, **options)
 
 
-def _runs(experiment, seeds, workers):
-    """Yield the place of each seed, in any order, and what `_run` returned."""
+def _at_once(workers):
+    """Return how many jobs run at a time, 1 being in this process."""
+    if workers is not None and not 1 <= workers <= cpu_count():
+        raise ValueError(f"workers = {workers} must be from 1 to the {cpu_count()} cores there are")
     backend, _ = get_active_backend()
-    task = partial(_run, experiment, torch.get_default_dtype())
     # who is inside a run holds the lock, and would wait for ever for threads of this process
     here = workers == 1 or getattr(backend, "supports_sharedmem", False) or LOCK._is_owned()
-    at_once = 1 if here else effective_n_jobs(workers or -1)
+    return 1 if here else effective_n_jobs(workers or -1)
+
+
+def _runs(experiment, jobs, at_once):
+    """Yield the place of each job, in any order, and what `_run` returned."""
+    backend, _ = get_active_backend()
+    task = partial(_run, experiment, torch.get_default_dtype())
     if at_once == 1:
-        yield from ((i, task(seed)) for i, seed in enumerate(seeds))
+        yield from ((i, task(job)) for i, job in enumerate(jobs))
         return
-    left, suspects, futures = dict(enumerate(seeds)), [], {}
+    left, suspects, futures = dict(enumerate(jobs)), [], {}
     try:
         while left:
             futures = _submitted(task, {i: left[i] for i in suspects[:1] or left}, backend, at_once)
@@ -92,7 +129,7 @@ def _runs(experiment, seeds, workers):
                     return
                 elif type(error).__name__ not in DEATHS:
                     raise error
-            if not suspects:  # the seed that killed its worker, if one did, is among the first
+            if not suspects:  # the job that killed its worker, if one did, is among the first
                 suspects = list(left)[:at_once]
             elif (i := suspects.pop(0)) in left:  # it ran alone
                 del left[i]
@@ -120,8 +157,8 @@ def _outcome(future, backend):
     return None, NOBODY
 
 
-def _submitted(task, seeds, backend, workers):
-    """Hand seeds to processes; return futures with the places of those that were still taken."""
+def _submitted(task, jobs, backend, workers):
+    """Hand jobs to processes; return futures with the places of those that were still taken."""
     kind, futures = type(backend).__name__, {}
     if kind == "DaskDistributedBackend":
         submit = partial(backend.client.submit, pure=False)
@@ -129,9 +166,9 @@ def _submitted(task, seeds, backend, workers):
         submit = get_reusable_executor(workers, timeout=300, initializer=_keep_models).submit
     else:
         raise ValueError(f"seeds run on loky, Dask or threads of joblib, not on its {kind}")
-    for i, seed in seeds.items():
+    for i, job in jobs.items():
         try:
-            futures[submit(task, seed)] = i
+            futures[submit(task, job)] = i
         except TerminatedWorkerError:
             break
     return futures
@@ -142,14 +179,15 @@ def _keep_models():
     process_executor._MAX_MEMORY_LEAK_SIZE = float("inf")
 
 
-def _run(experiment, dtype, seed):
-    """Run one seed on one thread; return (results, None) or (None, what went wrong)."""
+def _run(experiment, dtype, job):
+    """Run one job on one thread; return (results, None) or (None, what went wrong)."""
+    seed, given = job
     with LOCK:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
             with reproducible(seed, dtype=dtype), threadpool_limits(1):
-                row = {name: float(value) for name, value in experiment(seed).items()}
+                row = {name: float(value) for name, value in experiment(seed, **given).items()}
         except (Exception, SystemExit) as error:
             return None, f"{type(error).__name__}: {error}"
         finally:
