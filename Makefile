@@ -16,7 +16,7 @@ SETFIT := build/setfit/ready-$(shell { echo $(SETFIT_PINS); $(PINS); } | cksum |
 
 NBVAL = -n $(JOBS) --dist loadfile -p tests.gate --nbval --nbval-current-env --nbval-cell-timeout 1800 $(NOTEBOOKS)
 
-# One thread per process: results do not depend on cores, and these models run over ten times faster.
+# One thread per process: results do not depend on cores, and processes share these out without waiting.
 export OMP_NUM_THREADS ?= 1
 export MKL_NUM_THREADS ?= $(OMP_NUM_THREADS)
 export OPENBLAS_NUM_THREADS ?= $(OMP_NUM_THREADS)

@@ -323,12 +323,20 @@ def test_every_remedy_ends_elsewhere_than_the_plain_technique(run, monkeypatch):
 
 
 def test_a_plan_in_parts_gives_the_numbers_of_the_whole(run):
-    plan = {name: PLAN[name] for name in reversed(PLAN) if PLAN[name][1] == 4}
+    plan = {name: PLAN[name] for name in PLAN if PLAN[name][1] == 4}
     curve, shares = partial(run["label_curve"], budgets=(4,)), study_seeds._shares
     del curve.keywords["plan"]
     whole, parts = (run_seeds(curve, [3], workers=workers, plan=plan) for workers in (1, 2))
     assert len(shares({"plan": plan}, 1, 2)) == 2 and list(whole) == list(parts)
     assert all(whole[name] == parts[name] for name in whole) and "from scratch/4" in whole
+
+
+def test_each_entry_of_a_plan_meets_the_random_stream_as_if_alone(run, monkeypatch):
+    met, alone = [], torch.Generator().manual_seed(7).get_state()
+    monkeypatch.setattr(part1, "tune", lambda *_, **given: met.append(torch.get_rng_state()))
+    run["label_curve"](7)
+    heads = [name.startswith("LP-FT") for name, *_ in PLAN.values()]  # of their own, drawn before
+    assert [torch.equal(state, alone) for state in met] == [not head for head in heads]
 
 
 def test_a_ranking_tells_equal_means():

@@ -201,6 +201,7 @@ def label_curve(
                 head = training.logistic_head(frozen[part.flatten()], t, C=c)
                 scores[column] = training.score(head(seen), labels)
         for column, (name, k, rate) in plan.items():
+            torch.manual_seed(seed)  # each as if it were alone
             (part, t), first = some_of[k], lowest(name)
             model = copied(base, first)
             if train or name.startswith("LP-FT"):
