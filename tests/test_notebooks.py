@@ -273,7 +273,12 @@ CLAIMS = [  # cell of the prose, cell of the output it rests on, what must stand
 CLAIMS2 = [
     ("s21", "lora", r"^ +Trainable: .* \(0\.1%\), 1,925 of them in the head$", 1),
     ("memory-look", "memory", r"^this encoder: LoRA takes 45%|^7 billion: LoRA takes 19%", 2),
-    ("s26", "rates-ranked", r"^all at 0.000[13]: +top two blocks >", 2),
+    (
+        "s26",
+        "rates-ranked",
+        r"^all at 0.000[13]: +top two .* > LoRA [>=] BitFit = a.* = OFT$",
+        2,
+    ),
     ("s26", "rates-ranked", r"^all at 0\.0(0[13]|[13]): .*> top two blocks$", 4),
     ("s26", "rates-ranked", r"^all at 0\.0[13]: +OFT >", 2),
     ("page-look", "page-verdicts", r"^\| linear probing \| (.*, ){12}.* \| none \| 1 of 14", 1),
